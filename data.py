@@ -1,0 +1,206 @@
+"""
+What training, probing and evaluating must agree on: list files, images, transforms, samplers.
+
+A data set is a folder and list files, one `relative/path label` a line. Images leave the loader as uint8 (a quarter of
+the bytes) and are normalised on the device. Which images an epoch draws and how each is augmented depends on the seed,
+the epoch and the position in the epoch, and on nothing else: not on the number of ranks or workers.
+"""
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms as T
+
+import ddp
+from ddp import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# name -> folder, pixels (after `resize` of the shorter side), normalisation, and list files: `train` is what the
+# representation learns from by default, `full` the balanced set of the representation evaluation (sec. 3.1)
+DATASETS = {
+    "digits": dict(root="data/digits", pixels=32, resize=32, mean=(0.154,) * 3, std=(0.254,) * 3, train="train_lt.txt",
+                   full="train_full.txt", val="val.txt", test="test.txt"),
+    "imagenet": dict(root=None, pixels=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                     train="ImageNet_LT_train.txt", full="ImageNet_train.txt", val="ImageNet_LT_val.txt",
+                     test="ImageNet_LT_test.txt"),
+}
+
+
+def read_list(root, name):
+    """Paths (str, below root) and labels (int64 tensor) of the list file `name`, looked up as given, then below root.
+
+    Reads `train/n01440764/x.JPEG 0` and `/n01440764/x.JPEG 0` (below root/train), as both are published; a path may
+    hold spaces. Raises InputError for a missing folder or list, and for a line that is not a path and a label >= 0.
+    """
+    root, file = Path(root), Path(name)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; --data names the folder that the list's paths start from")
+    file = file if file.is_file() else root / name
+    if not file.is_file():
+        raise InputError(f"{name}: no such list file, neither here nor in {root}; expected lines of `path label`")
+    paths, labels = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        path, _, label = line.strip().rpartition(" ")
+        if not path or not label.isdecimal():
+            raise InputError(f"{file}, line {number}: expected `relative/path label` with a whole-number label, "
+                             f"got `{line.strip()}`")
+        paths.append("train" + path if path.startswith("/") else path)
+        labels.append(int(label))
+    if not paths:
+        raise InputError(f"{file}: the list is empty; expected lines of `path label`")
+    return paths, torch.tensor(labels)
+
+
+def class_counts(labels, num_classes=None):
+    """Images of each class, (C,); C = the largest label + 1 where it is not given."""
+    return torch.bincount(labels, minlength=num_classes or 0)
+
+
+def refuse_overlap(root, train, val):
+    """Raise InputError if an image of the list `val` is in the list `train`: what chooses must not have been seen."""
+    trained_on = set(read_list(root, train)[0])
+    both = [path for path in read_list(root, val)[0] if path in trained_on]
+    if both:
+        raise InputError(f"{len(both)} images of the validation list {val} are in the training list {train} too "
+                         f"(first: {both[0]}); take them out of the training list, or name another --val")
+
+
+def refuse_labels_outside(dataset, num_classes, of):
+    """Raise InputError if a label of the ImageList is none of the num_classes classes that `of` has."""
+    line = int(dataset.labels.argmax())
+    if dataset.labels[line] >= num_classes:
+        raise InputError(f"{dataset.name}: label {int(dataset.labels[line])} of {dataset.paths[line]} is outside the "
+                         f"{num_classes} classes (0 to {num_classes - 1}) of {of}; use the list of the same classes")
+
+
+class ImageList(Dataset):
+    """The images of a list file. An item's key is (index, seed) as Draws yields it, or a plain index where the
+    transform is not random; an item is (views, label, index), views = [uint8 (3, H, W)] * num_views."""
+
+    def __init__(self, root, name, transform, num_views=1):
+        self.root, self.name, self.transform, self.num_views = Path(root), name, transform, num_views
+        self.paths, self.labels = read_list(root, name)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        index, seed = key if isinstance(key, tuple) else (key, 0)
+        file = self.root / self.paths[index]
+        try:
+            with open(file, "rb") as f:
+                image = Image.open(f).convert("RGB")
+        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... on broken files
+            raise InputError(f"{file} (line {index + 1} of {self.name}) does not decode as an image: {error}") from None
+        state = torch.get_rng_state()  # with workers=0 this process' own stream must not notice
+        torch.default_generator.manual_seed(seed)
+        views = [self.transform(image) for _ in range(self.num_views)]
+        torch.set_rng_state(state)
+        return views, self.labels[index], index
+
+
+def augmentation(name, pixels):
+    """A random PIL -> uint8 (3, pixels, pixels) transform by name."""
+    flip, jitter = T.RandomHorizontalFlip(), T.ColorJitter
+    blur = T.GaussianBlur(pixels // 20 * 2 + 1, (0.1, 2.0))  # kernel about a tenth of the image, as SimCLR
+    steps = {
+        "sup": [T.RandomResizedCrop(pixels), flip],                                       # scale 0.08-1
+        "lt": [T.RandomResizedCrop(pixels), flip, jitter(0.4, 0.4, 0.4, 0)],
+        "moco": [T.RandomResizedCrop(pixels, (0.2, 1)), T.RandomGrayscale(0.2), jitter(0.4, 0.4, 0.4, 0.4), flip],
+        "mocov2": [T.RandomResizedCrop(pixels, (0.2, 1)), T.RandomApply([jitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+                   T.RandomGrayscale(0.2), T.RandomApply([blur], 0.5), flip],
+        # digits: a flip or a small crop changes the class (2 and 5, 6 and 0); a mild affine map does not
+        "affine": [T.RandomAffine(15, (0.1, 0.1), (0.85, 1.15), interpolation=T.InterpolationMode.BILINEAR)],
+    }[name]
+    return T.Compose([*steps, T.PILToTensor()])
+
+
+AUGMENTATIONS = ("sup", "moco", "mocov2", "lt", "affine")
+
+
+def center(pixels, resize):
+    """The fixed PIL -> uint8 (3, pixels, pixels) transform of evaluation."""
+    steps = [] if resize == pixels else [T.Resize(resize), T.CenterCrop(pixels)]
+    return T.Compose([*steps, T.PILToTensor()])
+
+
+def normalize(images, mean, std, device):
+    """uint8 (B, 3, H, W) in 0..255 -> normalised float32 on the device, channels last."""
+    images = images.to(device, non_blocking=True).float().div_(255)
+    mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (mean, std))
+    return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+class Draws(Sampler):
+    """Which images an epoch draws: this rank's (index, augmentation seed) pairs, N // batch global batches of them.
+
+    p_c, the chance of class c (Kang et al. 2020, sec. 3), t = epoch / epochs:
+        instance     n_c / N, every image once
+        class        1 / C
+        sqrt         sqrt(n_c) / sum sqrt(n)
+        progressive  (1 - t) n_c / N + t / C
+    All but `instance` draw with replacement, uniformly inside the class. Every rank computes the same epoch and takes
+    each world-th draw, so no two ranks share one and one rank's global batch is that of eight. The last, short batch
+    is left out: BatchNorm and the ranks see equal ones only.
+    """
+
+    def __init__(self, labels, kind, batch, epochs=1, seed=0):
+        self.labels, self.kind, self.batch, self.epochs, self.seed, self.epoch = labels, kind, batch, epochs, seed, 0
+        self.counts = class_counts(labels)
+        if len(labels) < batch:
+            raise InputError(f"the training list has {len(labels)} images, fewer than one batch; "
+                             f"give --batch {len(labels)} or less")
+        if batch % ddp.world():
+            raise InputError(f"--batch {batch} is the batch of all ranks together and must divide by their number, "
+                             f"{ddp.world()}")
+        if kind != "instance" and (self.counts == 0).any():
+            empty = int((self.counts == 0).nonzero()[0])
+            raise InputError(f"class {empty} has no image in the training list, but --sampler {kind} draws from all "
+                             f"{len(self.counts)} classes; use --sampler instance or renumber the labels")
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def class_probabilities(self):
+        """p_c of this epoch, (C,) float64."""
+        n, t = self.counts.double(), self.epoch / self.epochs
+        instance, balanced = n / n.sum(), torch.full_like(n, 1 / len(n))
+        return {"instance": instance, "class": balanced, "sqrt": n.sqrt() / n.sqrt().sum(),
+                "progressive": (1 - t) * instance + t * balanced}[self.kind]
+
+    def __len__(self):
+        return len(self.labels) // self.batch * (self.batch // ddp.world())
+
+    def __iter__(self):
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        N = len(self.labels)
+        if self.kind == "instance":
+            index = torch.randperm(N, generator=g)
+        else:  # a class, then one of its images: sorted by class, class c begins at start[c]
+            c = torch.multinomial(self.class_probabilities(), N, replacement=True, generator=g)
+            start = self.counts.cumsum(0) - self.counts
+            within = (torch.rand(N, generator=g, dtype=torch.float64) * self.counts[c]).long()
+            index = self.labels.argsort(stable=True)[start[c] + within]
+        seed = torch.randint(2**32, (N,), generator=g)  # torch seeds its CPU generator with 32 bits
+        mine = slice(ddp.rank(), N // self.batch * self.batch, ddp.world())
+        return zip(index[mine].tolist(), seed[mine].tolist())
+
+
+def train_loader(dataset, draws, workers):
+    """Batches of this rank's share: ([uint8 (b, 3, H, W)] * views, labels (b,), indices (b,))."""
+    return DataLoader(dataset, draws.batch // ddp.world(), sampler=draws, num_workers=workers, pin_memory=on_gpu(),
+                      persistent_workers=workers > 0)
+
+
+def eval_loader(dataset, batch, workers):
+    """Every image exactly once over all ranks, nothing padded: rank r holds images r, r + world, ..."""
+    return DataLoader(dataset, batch, sampler=range(ddp.rank(), len(dataset), ddp.world()), num_workers=workers,
+                      pin_memory=on_gpu())
+
+
+def on_gpu():
+    return torch.cuda.is_available()

@@ -1,0 +1,74 @@
+"""
+One launcher, read from the environment: `python x.py` is a process group of size one, `torchrun --nproc_per_node=N x.py`
+one of size N, and no other line asks which it is.
+"""
+import gc
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+class InputError(Exception):
+    """Something that a user can get wrong. run() ends the script with its one sentence instead of a traceback."""
+
+
+def init():
+    """Start the process group; returns this process' torch.device (its own GPU, or the CPU)."""
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args, **kwargs):
+    """print, on rank 0 only."""
+    if rank() == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def wrap(module):
+    """DistributedDataParallel around what gets gradients. BatchNorm buffers stay each rank's own (as on the authors'
+    8 GPUs x 32); rank 0's are the ones that are saved."""
+    net = torch.nn.parallel.DistributedDataParallel(module)
+    net.broadcast_buffers = False  # the constructor argument has another name in each generation of torch
+    return net
+
+
+@torch.no_grad()
+def gather(x):
+    """(n, ...) of each rank, n the same on all -> (world * n, ...) in rank order; no gradient."""
+    if world() == 1:
+        return x
+    out = x.new_empty((world() * len(x), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def run(main):
+    """Call main() and leave the process group, whatever happens. Bad input ends with one sentence and exit code 1."""
+    sentence = None
+    try:
+        main()
+    except InputError as error:  # raised in a data worker it arrives with a traceback, the sentence in the last line
+        sentence = str(error).strip().splitlines()[-1].removeprefix("ddp.InputError: ")
+    finally:
+        gc.collect()  # a DDP wrapper that outlives its gloo group aborts at exit
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if sentence:
+        sys.exit(f"error: {sentence}")

@@ -1,0 +1,234 @@
+"""
+Stage 3: accuracy (all, many / medium / few) and balancedness of one or several classifiers, side by side.
+
+    python evaluate.py runs/digits-lt-ce-seed0/head.pt runs/digits-lt-kcl-seed0/linear-lt/head.pt
+    python evaluate.py runs/digits-lt-ce-seed0/head.pt --tau-norm          # a row more: the CE head tau-normalised
+    torchrun --nproc_per_node=8 evaluate.py runs/imagenet-...-kcl-seed0/linear-lt/head.pt
+
+Prints one table in percent, writes eval.json beside each head (accuracies as fractions in [0, 1]; null = empty group),
+and to --pictures accuracy_by_class.png and balancedness.png. Runs that differ only in their seed get a mean +- std row.
+"""
+import argparse
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import ddp
+from ddp import InputError
+from make_lt import groups
+from resnet import load_backbone
+
+TAUS = np.arange(0, 2.01, 0.1).round(1).tolist()  # 0 is the plain head without its bias, 1 gives all classes one norm
+
+
+def balancedness(acc, sigma=0.1):
+    """beta = 1/C^2 sum_{i,j} exp(-|a_i - a_j|^2 / sigma), eq. 3: the uniformity of the class accuracies.
+
+    acc (C,): accuracy of each class, in [0, 1]. 1/C < beta <= 1, and 1 only if all are equal. The paper calls sigma
+    "a fixed scaling parameter" and does not give it: 0.1 is ours; compare beta at one sigma only.
+    Raises ValueError for an empty acc, one outside [0, 1] (percent, nan), or sigma <= 0.
+    """
+    a = np.asarray(acc, dtype=np.float64)
+    if a.ndim != 1 or not len(a) or not ((a >= 0) & (a <= 1)).all() or sigma <= 0:
+        raise ValueError(f"expected class accuracies (C,) in [0, 1] and sigma > 0, got {acc} and sigma = {sigma}")
+    return float(np.exp(-(a[:, None] - a) ** 2 / sigma).mean())
+
+
+def group_accuracy(acc, counts):
+    """{many, medium, few}: mean accuracy of the classes in each group, by their training images; None if it is empty."""
+    of = np.array(groups(counts))
+    return {g: float(np.asarray(acc)[of == g].mean()) if (of == g).any() else None for g in ("many", "medium", "few")}
+
+
+def tau_normalize(weight, tau):
+    """w_c / ||w_c||^tau for the rows of weight (C, D): tau-norm of Kang et al. 2020, to be used without a bias."""
+    return weight / weight.norm(dim=1, keepdim=True) ** tau
+
+
+@torch.no_grad()
+def extract(backbone, dataset, head, device, batch, workers):
+    """Features (n, D) and labels (n,) of this rank's share of the images, each image on exactly one rank."""
+    features, labels = [], []
+    loader = data.eval_loader(dataset, batch, workers)
+    for (view,), y, _ in tqdm(loader, desc=f"{head['name']} on {dataset.name}", disable=ddp.rank() > 0, leave=False):
+        features.append(backbone(data.normalize(view, head["mean"], head["std"], device)))
+        labels.append(y.to(device))
+    empty = torch.empty(0, head["weight"].shape[1], device=device), torch.empty(0, dtype=torch.long, device=device)
+    return torch.cat([*features, empty[0]]), torch.cat([*labels, empty[1]])
+
+
+def hits(logits, labels):
+    """Per class, over all ranks: images, top-1 hits, top-5 hits; (3, C) float64. logits (n, C), labels (n,)."""
+    top5 = logits.topk(min(5, logits.shape[1])).indices                   # (n, 5)
+    hit = top5 == labels[:, None]
+    counts = torch.zeros(3, logits.shape[1], dtype=torch.float64, device=labels.device)
+    for row, value in zip(counts, (torch.ones_like(labels), hit[:, 0], hit.any(1))):
+        row.index_add_(0, labels, value.double())
+    dist.all_reduce(counts)
+    return counts.cpu()
+
+
+def scores(counts, class_sizes, sigma):
+    """What eval.json holds, from the (3, C) of hits()."""
+    n, top1, top5 = counts.numpy()
+    acc = top1 / n
+    return {"top1": float(top1.sum() / n.sum()), "top5": float(top5.sum() / n.sum()),
+            **group_accuracy(acc, class_sizes), "balancedness": balancedness(acc, sigma), "sigma": sigma,
+            "std": float(acc.std()), "per_class": acc.tolist(), "images": int(n.sum())}
+
+
+def load_head(path, groups_list):
+    """A head.pt of train_rep.py or train_linear.py; its class sizes from `groups_list` where that is given."""
+    try:
+        head = torch.load(path, map_location="cpu", weights_only=True)
+        C = len(head["weight"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a head.pt of train_linear.py or of a CE run") from None
+    except Exception as error:
+        raise InputError(f"{path}: not a head.pt of train_linear.py or train_rep.py "
+                         f"({str(error).splitlines()[0]})") from None
+    if groups_list:
+        head["counts"] = data.class_counts(data.read_list(head["data"], groups_list)[1], C).tolist()
+        head["counts_of"] = groups_list
+    if len(head["counts"]) != C:
+        raise InputError(f"{head['counts_of']} has {len(head['counts'])} classes, the classifier {path} {C}; "
+                         "name the training list of its classes with --groups")
+    return head
+
+
+def percent(x):
+    return "-" if x is None else f"{100 * x:.1f}"
+
+
+COLUMNS = ("top1", "top5", "many", "medium", "few", "balancedness", "std")
+
+
+def print_table(rows):
+    """rows: dicts of scores() with run and protocol. Markdown, so that it can be pasted; then means over seeds."""
+    def print_row(run, cells, protocol):
+        print(f"| {run:<{width}} | " + " | ".join(f"{c:>11}" for c in cells) + f" | {protocol} |")
+
+    seeds = {}
+    for row in rows:
+        seeds.setdefault((re.sub(r"-seed\d+", "", row["run"]), row["protocol"].split(", lr ")[0]), []).append(row)
+    width = max(len(row["run"]) for row in rows) + 12
+    header = ("top-1", "top-5", "many", "medium", "few", f"beta (s={rows[0]['sigma']:g})", "std")
+    print(f"| {'run':<{width}} | " + " | ".join(f"{c:>11}" for c in header) + " | classifier |")
+    print("|---" * (len(header) + 2) + "|")
+    for row in rows:
+        print_row(row["run"], [f"{row[c]:.3f}" if c == "balancedness" else percent(row[c]) for c in COLUMNS],
+                  row["protocol"])
+    for (run, protocol), same in seeds.items():
+        if len(same) > 1:
+            cells = []
+            for c in COLUMNS:
+                x = [row[c] for row in same]
+                scale, digits = (1, 3) if c == "balancedness" else (100, 1)
+                cells.append("-" if None in x else
+                             f"{scale * np.mean(x):.{digits}f} +- {scale * np.std(x, ddof=1):.{digits}f}")
+            print_row(f"{run}, {len(same)} seeds", cells, protocol)
+    print(f"in percent but for beta; sigma = {rows[0]['sigma']:g}; std of the class accuracies; many / medium / few by "
+          f"the class sizes of {', '.join(sorted({row['counts_of'] for row in rows}))}; +- std over seeds")
+
+
+def draw(rows, out):
+    """Two pictures: accuracy of each class against its size, and balancedness beside accuracy (Figs 2 and 4)."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no pictures: matplotlib is missing, `pip install matplotlib`")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    out.mkdir(parents=True, exist_ok=True)
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=plt.colormaps["tab10"].colors)
+    names = [f"{row['run']}: {row['protocol'].split(',')[0]}" for row in rows]
+
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for row, name in zip(rows, names):
+        order = np.argsort(row["counts"], kind="stable")[::-1]
+        ax.plot(np.array(row["per_class"])[order] * 100, marker="o" if len(order) <= 100 else None, label=name)
+    sizes = np.array(rows[0]["counts"])[order]
+    ticks = np.arange(len(order)) if len(order) <= 20 else np.linspace(0, len(order) - 1, 8).astype(int)
+    ax.set_xticks(ticks, sizes[ticks])
+    ax.set(xlabel=f"classes by size: images in {rows[0]['counts_of']}", ylabel="accuracy of the class, %", ylim=(0, 101))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small", loc="lower left")
+    fig.savefig(out / "accuracy_by_class.png", dpi=150)
+
+    fig, axes = plt.subplots(1, 2, figsize=(7, 1.2 + 0.45 * len(rows)), sharey=True, layout="constrained")
+    for ax, value, title in ((axes[0], [row["balancedness"] for row in rows],
+                              f"balancedness (sigma = {rows[0]['sigma']:g})"),
+                             (axes[1], [100 * row["top1"] for row in rows], "top-1, %")):
+        bars = ax.barh(names, value, color=[f"C{i % 10}" for i in range(len(rows))])
+        ax.bar_label(bars, fmt="%.3f" if value[0] <= 1 else "%.1f", padding=3, fontsize="small")
+        ax.set(title=title, xlim=(0, 1.2 * max(value)))
+        ax.invert_yaxis() if ax is axes[0] else None
+    fig.savefig(out / "balancedness.png", dpi=150)
+    print(f"pictures: {out / 'accuracy_by_class.png'}, {out / 'balancedness.png'}")
+
+
+def main():
+    device = ddp.init()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("heads", nargs="+", help="head.pt files of train_linear.py, or of a CE run of train_rep.py")
+    p.add_argument("--data", help="the folder that the lists' paths start from; default: where the head was trained")
+    p.add_argument("--list", help="list to evaluate on; default: the data set's test list")
+    p.add_argument("--groups", help="training list whose class sizes make many / medium / few; default: in the head")
+    p.add_argument("--sigma", type=float, default=0.1, help="of the balancedness; the paper does not give its value")
+    p.add_argument("--tau-norm", action="store_true", help="also the joint CE heads tau-normalised, tau chosen on --val")
+    p.add_argument("--val", help="validation list for --tau-norm")
+    p.add_argument("--batch", type=int, default=256)
+    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--pictures", type=Path, default=Path("runs"), help="folder of the two pictures")
+    args = p.parse_args()
+    if args.sigma <= 0:
+        raise InputError(f"--sigma {args.sigma} must be above 0")
+
+    heads = [load_head(path, args.groups) for path in args.heads]  # all of them, before the first long work
+    tests = []
+    for head, path in zip(heads, args.heads):
+        spec = data.DATASETS[head["dataset"]]
+        root = args.data or head["data"]
+        lists = [args.list or spec["test"], *([args.val or spec["val"]] if args.tau_norm else [])]
+        images = [data.ImageList(root, name, data.center(head["pixels"], head["resize"])) for name in lists]
+        C = len(head["weight"])
+        for dataset in images:
+            data.refuse_labels_outside(dataset, C, f"the classifier {path}")
+            if (empty := (data.class_counts(dataset.labels, C) == 0).nonzero()).numel():
+                raise InputError(f"{dataset.name}: class {int(empty[0])} has no image, so it has no accuracy; the list "
+                                 f"must hold all {C} classes of {path}")
+        tests.append(images)
+
+    rows = []
+    for head, path, images in zip(heads, args.heads, tests):
+        backbone = load_backbone(Path(path).parent / head["backbone"], head["arch"])
+        backbone = backbone.to(device, memory_format=torch.channels_last).eval()
+        W, b = head["weight"].to(device), head["bias"].to(device)
+        features, labels = extract(backbone, images[0], head, device, args.batch, args.workers)
+        results = [("eval.json", head["protocol"], features @ W.T + b)]
+        if args.tau_norm and head["protocol"].startswith("joint"):
+            val_features, val_labels = extract(backbone, images[1], head, device, args.batch, args.workers)
+            on_val = [hits(val_features @ tau_normalize(W, tau).T, val_labels)[1].sum().item() for tau in TAUS]
+            tau = TAUS[int(np.argmax(on_val))]
+            results.append(("eval_tau_norm.json", f"tau-norm {tau:g} chosen on {images[1].name}: {head['protocol']}",
+                            features @ tau_normalize(W, tau).T))
+        for file, protocol, logits in results:
+            row = {"run": head["name"], "protocol": protocol, **scores(hits(logits, labels), head["counts"], args.sigma),
+                   "list": images[0].name, "counts": head["counts"], "counts_of": head["counts_of"], "head": path}
+            rows.append(row)
+            if ddp.rank() == 0:
+                Path(path).with_name(file).write_text(json.dumps(row, indent=1) + "\n")
+    if ddp.rank() == 0:
+        print_table(rows)
+        draw(rows, args.pictures)
+
+
+if __name__ == "__main__":
+    ddp.run(main)

@@ -1,0 +1,195 @@
+"""
+Stage 2: train a linear classifier on the frozen features of a backbone.
+
+    python train_linear.py runs/digits-lt-kcl-seed0/backbone.pt                    # long-tailed recognition, Tables 2, 3
+    python train_linear.py runs/digits-lt-kcl-seed0/backbone.pt --protocol rep     # representation evaluation, Figs 2-4
+    torchrun --nproc_per_node=8 train_linear.py runs/imagenet-ImageNet_LT_train-kcl-seed0/backbone.pt
+
+lt:  the long-tailed list that the backbone was trained on, with class-balanced sampling; on a CE backbone this is cRT.
+rep: the full, balanced training list, every image once an epoch.
+Without --lr the learning rates of LR_GRID are trained side by side on one stream of features, and the validation list
+chooses; the test list is not touched. Writes head.pt and log.jsonl to <folder of the backbone>/linear-<protocol>;
+what comes next: evaluate.py.
+"""
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import ddp
+from ddp import InputError
+from resnet import ARCHS, load_backbone
+
+LR_GRID = (0.1, 0.3, 1, 3, 10, 30)  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
+
+# The paper's second stage (sec. 3.1) by kind of backbone; the digits' is one for all kinds, so that none is favoured
+SETTINGS = {
+    "imagenet": {"ce": dict(epochs=10, schedule="cosine", weight_decay=5e-4, batch=256, aug="sup", workers=8),
+                 "contrastive": dict(epochs=100, schedule="step", weight_decay=0.0, batch=256, aug="sup", workers=8)},
+    "digits": {kind: dict(epochs=30, schedule="cosine", weight_decay=0.0, batch=64, aug="affine", workers=0)
+               for kind in ("ce", "contrastive")},
+}
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("backbone", help="backbone.pt of train_rep.py, or any state_dict in torchvision's names")
+    p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="which list and sampler: see above")
+    # what the log beside the backbone knows; needed for a backbone from elsewhere
+    p.add_argument("--arch", choices=tuple(ARCHS))
+    p.add_argument("--dataset", choices=tuple(data.DATASETS))
+    p.add_argument("--data", help="the folder that the lists' paths start from")
+    # data
+    p.add_argument("--list", help="training list of the classifier; default by --protocol")
+    p.add_argument("--val", help="validation list, which chooses the learning rate")
+    p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), help="default by --protocol")
+    p.add_argument("--aug", choices=data.AUGMENTATIONS, help="sup, digits affine")
+    p.add_argument("--workers", type=int, help="data workers of each rank")
+    # optimisation
+    p.add_argument("--lr", type=float, nargs="+", help="one, or several for --val to choose from; default LR_GRID")
+    p.add_argument("--epochs", type=int, help="100 for contrastive backbones, 10 for CE, digits 30")
+    p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
+    p.add_argument("--weight-decay", type=float, help="0 for contrastive backbones, 5e-4 for CE, digits 0")
+    p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, digits 64")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", help="default: <folder of the backbone>/linear-<protocol>")
+    args = p.parse_args()
+
+    log = Path(args.backbone).with_name("log.jsonl")
+    run = json.loads(log.read_text().splitlines()[0])["settings"] if log.exists() else {}
+    for name in ("arch", "dataset", "data"):
+        if getattr(args, name) is None:
+            setattr(args, name, run.get(name))
+    if None in (args.arch, args.dataset, args.data):
+        raise InputError(f"no log.jsonl of train_rep.py beside {args.backbone}; say --arch, --dataset and --data")
+    spec = data.DATASETS[args.dataset]
+    args.rep_list = run.get("list")  # what the backbone saw: its class sizes make many / medium / few
+    args.list = args.list or (spec["full"] if args.protocol == "rep" else args.rep_list or spec["train"])
+    args.val = args.val or spec["val"]
+    args.sampler = args.sampler or ("instance" if args.protocol == "rep" else "class")
+    args.lr = args.lr or list(LR_GRID)
+    for name, value in SETTINGS[args.dataset]["ce" if run.get("loss", "ce") == "ce" else "contrastive"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = Path(args.out or Path(args.backbone).parent / f"linear-{args.protocol}")
+    return args
+
+
+class Heads(nn.ModuleList):
+    """M linear classifiers on the same features: (B, D) -> [(B, C)] * M. Each trains as it would alone."""
+
+    def __init__(self, M, D, C):
+        super().__init__(nn.Linear(D, C) for _ in range(M))
+        weight = torch.randn(C, D) * 0.01  # fc ~ N(0, 0.01) as MoCo's linear protocol; the same start for all
+        for head in self:
+            nn.init.zeros_(head.bias)
+            head.weight.data.copy_(weight)
+
+    def forward(self, x):
+        return [head(x) for head in self]
+
+
+def learning_rate(base, schedule, t):
+    """At t = epoch / epochs; cosine reaches 0 after the last epoch, step is MoCo's 60 and 80 of 100."""
+    return base * (0.5 * (1 + math.cos(math.pi * t)) if schedule == "cosine" else 0.1 ** ((t >= 0.6) + (t >= 0.8)))
+
+
+def main():
+    device = ddp.init()
+    args = parse_args()
+    spec = data.DATASETS[args.dataset]
+
+    # data
+    dataset = data.ImageList(args.data, args.list, data.augmentation(args.aug, spec["pixels"]))
+    draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
+    loader = data.train_loader(dataset, draws, args.workers)
+    counts = data.class_counts(dataset.labels)
+    C, counts_of = len(counts), args.list
+    if args.rep_list and args.rep_list != args.list:
+        rep_counts = data.class_counts(data.read_list(args.data, args.rep_list)[1])
+        if len(rep_counts) == C:  # else the classifier is for other classes than the backbone's
+            counts, counts_of = rep_counts, args.rep_list
+    val = None
+    if len(args.lr) > 1:
+        data.refuse_overlap(args.data, args.list, args.val)
+        val = data.ImageList(args.data, args.val, data.center(spec["pixels"], spec["resize"]))
+        data.refuse_labels_outside(val, C, "the training list")
+
+    # model
+    backbone = load_backbone(args.backbone, args.arch).to(device, memory_format=torch.channels_last)
+    backbone.eval().requires_grad_(False)
+    before = {name: x.clone() for name, x in backbone.state_dict().items()}
+    image = torch.zeros(1, 3, spec["pixels"], spec["pixels"], device=device)
+    torch.manual_seed(args.seed)
+    heads = Heads(len(args.lr), backbone(image).shape[1], C).to(device)
+    net = ddp.wrap(heads)
+    optimizer = torch.optim.SGD([{"params": head.parameters()} for head in heads], momentum=0.9, lr=0.0,
+                                weight_decay=args.weight_decay, fused=True)
+
+    # train
+    if ddp.rank() == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+        print("settings: " + ", ".join(f"{name}={v}" for name, v in settings.items()))
+        log = open(args.out / "log.jsonl", "w", buffering=1)
+        log.write(json.dumps({"settings": settings, "world": ddp.world(), "torch": torch.__version__}) + "\n")
+    for epoch in tqdm(range(args.epochs), desc=str(args.out), unit="epoch", disable=ddp.rank() > 0, mininterval=1):
+        draws.set_epoch(epoch)
+        total, since = torch.zeros(len(heads), device=device), time.time()
+        for group, lr in zip(optimizer.param_groups, args.lr):
+            group["lr"] = learning_rate(lr, args.schedule, epoch / args.epochs)
+        for (view,), labels, _ in loader:
+            with torch.no_grad():
+                features = backbone(data.normalize(view, spec["mean"], spec["std"], device))     # (b, D)
+            labels = labels.to(device)
+            losses = torch.stack([F.cross_entropy(logits, labels) for logits in net(features)])  # (M,)
+            optimizer.zero_grad()
+            losses.sum().backward()
+            optimizer.step()
+            total += losses.detach()
+        if ddp.rank() == 0:
+            log.write(json.dumps({"epoch": epoch, "lr": [g["lr"] for g in optimizer.param_groups],
+                                  "loss": (total / len(loader)).tolist(),
+                                  "images_per_s": len(loader) * args.batch / (time.time() - since)}) + "\n")
+
+    # choose on val
+    best, val_top1 = 0, None
+    if val:
+        correct = torch.zeros(len(heads), device=device)
+        with torch.no_grad():
+            for (view,), labels, _ in data.eval_loader(val, args.batch, args.workers):
+                features = backbone(data.normalize(view, spec["mean"], spec["std"], device))
+                correct += torch.stack([(logits.argmax(1) == labels.to(device)).sum() for logits in heads(features)])
+        torch.distributed.all_reduce(correct)
+        top1 = (correct / len(val)).tolist()
+        best = max(range(len(heads)), key=lambda i: (top1[i], -args.lr[i]))
+        val_top1 = top1[best]
+        ddp.print0("val top-1: " + ", ".join(f"lr {lr:g}: {100 * a:.1f}" for lr, a in zip(args.lr, top1)))
+    moved = [name for name, x in backbone.state_dict().items() if not torch.equal(x, before[name])]
+    if moved:
+        raise RuntimeError(f"the frozen backbone changed: {moved[0]} and {len(moved) - 1} more tensors")
+
+    if ddp.rank() == 0:
+        lr_from = f"chosen on {args.val}" if val else "given"
+        head = {"weight": heads[best].weight.detach().cpu().clone(), "bias": heads[best].bias.detach().cpu().clone(),
+                "backbone": os.path.relpath(args.backbone, args.out), "arch": args.arch, "dataset": args.dataset,
+                "data": args.data, "counts": counts.tolist(), "counts_of": counts_of,
+                "name": Path(args.backbone).resolve().parent.name,
+                **{name: spec[name] for name in ("mean", "std", "pixels", "resize")},
+                "protocol": f"{args.protocol}: linear on {args.list}, {args.sampler} sampling, {args.epochs} epochs, "
+                            f"lr {args.lr[best]:g} {lr_from}", "val_top1": val_top1}
+        torch.save(head, args.out / "head.pt")
+        log.write(json.dumps({"lr": args.lr[best], "val_top1": val_top1}) + "\n")
+        print(f"classifier in {args.out / 'head.pt'} ({head['protocol']})")
+
+
+if __name__ == "__main__":
+    ddp.run(main)

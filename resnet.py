@@ -24,9 +24,9 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        # option A of He et al.: a shortcut without parameters, subsampled, zeros for the new channels
-        shortcut = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad // 2, self.pad - self.pad // 2))
-        return F.relu(y + shortcut)
+        if self.pad:  # option A of He et al.: a shortcut without parameters, subsampled, zeros for the new channels
+            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad // 2, self.pad - self.pad // 2))
+        return F.relu(y + x)
 
 
 class CifarResNet(nn.Module):

@@ -110,12 +110,15 @@ def learning_rate(args, epoch):
 
 def header(args):
     """What a later reader needs to repeat the run: the first line of log.jsonl."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                         text=True) if Path(__file__).with_name(".git").exists() else None
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, check=True,
+                             capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        git = None  # no git, or a copy without its history
     return {"command": " ".join(["train_rep.py", *sys.argv[1:]]), "world": ddp.world(),
             "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
             "torch": torch.__version__, "torchvision": torchvision.__version__, "python": sys.version.split()[0],
-            "git": git.stdout.strip() if git else None, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+            "git": git, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
 def save(state, path):

@@ -1,0 +1,89 @@
+"""Metrics against closed forms and literal loops."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ddp
+import evaluate
+from evaluate import balancedness, group_accuracy, hits, scores, tau_normalize
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    ddp.init()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("n, m, high, low", [(5, 5, 0.9, 0.1), (3, 7, 0.8, 0.75), (9, 1, 1.0, 0.0)])
+def test_balancedness_of_two_groups(sigma, n, m, high, low):
+    """p^2 + (1-p)^2 + 2 p (1-p) exp(-d^2 / sigma)."""
+    p = n / (n + m)
+    closed = p ** 2 + (1 - p) ** 2 + 2 * p * (1 - p) * math.exp(-(high - low) ** 2 / sigma)
+    assert balancedness([high] * n + [low] * m, sigma) == pytest.approx(closed, rel=1e-12)
+
+
+def test_balancedness_against_the_literal_sum_and_its_bounds():
+    acc = np.random.RandomState(0).rand(30)
+    literal = sum(math.exp(-abs(a - b) ** 2 / 0.1) for a in acc for b in acc) / 30 ** 2
+    assert balancedness(acc) == pytest.approx(literal, rel=1e-12)
+    assert balancedness([0.3] * 7) == 1 and balancedness([0.5]) == 1
+    assert 1 / 2 < balancedness([0, 1], sigma=0.1) < 1 / 2 + 1e-4
+    assert balancedness(torch.tensor([0.2, 0.4])) == pytest.approx(0.5 + 0.5 * math.exp(-0.4), rel=1e-6)
+
+
+@pytest.mark.parametrize("acc, sigma", [([50, 60], 0.1), ([], 0.1), ([float("nan")], 0.1), ([-0.1], 0.1), ([0.5], 0)])
+def test_balancedness_refuses_nonsense(acc, sigma):
+    with pytest.raises(ValueError, match="expected class accuracies"):
+        balancedness(acc, sigma)
+
+
+def test_groups_are_means_of_class_accuracies():
+    acc, sizes = [0.9, 0.7, 0.6, 0.5, 0.1], [1280, 101, 100, 20, 19]
+    assert group_accuracy(acc, sizes) == {"many": 0.8, "medium": 0.55, "few": 0.1}
+    assert group_accuracy([0.5, 0.7], [50, 60]) == {"many": None, "medium": 0.6, "few": None}
+
+
+def test_hits_and_scores_against_literal_loops():
+    g = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(300, 8, generator=g), torch.randint(8, (300,), generator=g)
+    labels[:8] = torch.arange(8)
+    n, top1, top5 = [0] * 8, [0] * 8, [0] * 8
+    for row, y in zip(logits.tolist(), labels.tolist()):
+        order = sorted(range(8), key=lambda c: -row[c])
+        n[y] += 1
+        top1[y] += order[0] == y
+        top5[y] += y in order[:5]
+    counts = hits(logits, labels)
+    assert counts.tolist() == [n, top1, top5]
+    s = scores(counts, [200] * 4 + [50] * 3 + [2], 0.1)
+    acc = [a / b for a, b in zip(top1, n)]
+    assert s["top1"] == sum(top1) / 300 and s["top5"] == sum(top5) / 300 and s["images"] == 300
+    assert s["per_class"] == acc and s["many"] == pytest.approx(sum(acc[:4]) / 4) and s["few"] == acc[7]
+    assert s["balancedness"] == balancedness(acc) and s["std"] == pytest.approx(np.std(acc))
+
+
+def test_top5_of_fewer_than_five_classes():
+    assert hits(torch.eye(3), torch.tensor([0, 1, 0])).tolist() == [[2, 1, 0], [1, 1, 0], [2, 1, 0]]
+
+
+def test_tau_norm():
+    w = torch.randn(6, 10) * torch.arange(1, 7)[:, None]
+    assert torch.equal(tau_normalize(w, 0), w)
+    assert torch.allclose(tau_normalize(w, 1).norm(dim=1), torch.ones(6))
+    assert torch.allclose(tau_normalize(w, 0.5).norm(dim=1), w.norm(dim=1).sqrt())
+
+
+def test_table_prints_a_dash_for_an_empty_group_and_the_mean_over_seeds(capsys):
+    rows = [{"run": f"digits-lt-kcl-seed{i}", "protocol": "lt: x, lr 1 given", "top1": t, "top5": 1.0, "many": t,
+             "medium": None, "few": 0.1, "balancedness": 0.5, "std": 0.2, "sigma": 0.1, "counts_of": "train_lt.txt"}
+            for i, t in enumerate((0.6, 0.7))]
+    evaluate.print_table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[c.strip() for c in line.split("|")] for line in lines]
+    assert cells[2][1:9] == ["digits-lt-kcl-seed0", "60.0", "100.0", "60.0", "-", "10.0", "0.500", "20.0"]
+    assert cells[4][1:6] == ["digits-lt-kcl, 2 seeds", "65.0 +- 7.1", "100.0 +- 0.0", "65.0 +- 7.1", "-"]
+    assert "nan" not in "".join(lines) and "sigma = 0.1" in lines[-1]

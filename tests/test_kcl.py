@@ -1,0 +1,152 @@
+"""kcl_loss against a literal loop, closed forms and finite differences."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kcl import choose_positives, kcl_loss
+
+
+def batch(B=5, K=37, d=8, classes=4, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    q, k, queue = (F.normalize(torch.randn(n, d, generator=g, dtype=dtype)) for n in (B, B, K))
+    labels, queue_labels = (torch.randint(classes, (n,), generator=g) for n in (B, K))
+    queue_labels[::5] = -1
+    return q, k, queue, labels, queue_labels
+
+
+def literal(q, k, queue, labels, queue_labels, positive, T, divisor=None, drop_unused=False):
+    """Eq. 4, one number at a time in float64."""
+    q, k, queue = q.double(), k.double(), queue.double()
+    total = 0.0
+    for i in range(len(q)):
+        logit = [sum(float(a) * float(b) for a, b in zip(q[i], k[i])) / T]
+        is_positive, in_denominator = [True], [True]
+        for j in range(len(queue)):
+            logit.append(sum(float(a) * float(b) for a, b in zip(q[i], queue[j])) / T)
+            is_positive.append(bool(positive[i, j]))
+            same = int(labels[i]) == int(queue_labels[j]) and int(labels[i]) >= 0
+            in_denominator.append(not (drop_unused and same and not is_positive[-1]))
+        denominator = sum(math.exp(l) for l, inside in zip(logit, in_denominator) if inside)
+        terms = [-(l - math.log(denominator)) for l, positive_j in zip(logit, is_positive) if positive_j]
+        total += sum(terms) / (divisor or len(terms))
+    return total / len(q)
+
+
+@pytest.mark.parametrize("num_positives", [0, 1, 3, 6, 100, None])
+@pytest.mark.parametrize("T", [0.07, 1.0])
+@pytest.mark.parametrize("K, classes", [(37, 4), (37, 30), (1, 1), (64, 1), (3, 50)])  # 30, 50 classes: short rows, none
+def test_equals_the_literal_loop(num_positives, T, K, classes):
+    x = batch(K=K, classes=classes)
+    torch.manual_seed(1)
+    positive = choose_positives(x[3], x[4], num_positives)
+    torch.manual_seed(1)
+    assert kcl_loss(*x, num_positives, T).item() == pytest.approx(literal(*x, positive, T), rel=1e-12)
+
+
+@pytest.mark.parametrize("num_positives", [0, 1, 3, 6])
+def test_options_equal_the_literal_loop(num_positives):
+    x = batch(classes=7)
+    for options in ({"fixed_divisor": True}, {"drop_unused": True}, {"fixed_divisor": True, "drop_unused": True}):
+        torch.manual_seed(2)
+        positive = choose_positives(x[3], x[4], num_positives)
+        torch.manual_seed(2)
+        expected = literal(*x, positive, 0.07, options.get("fixed_divisor") and num_positives + 1,
+                           "drop_unused" in options)
+        assert kcl_loss(*x, num_positives, **options).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_k_0_is_infonce_and_cross_entropy_agrees():
+    q, k, queue, labels, queue_labels = batch()
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / 0.07
+    expected = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+    assert kcl_loss(q, k, queue, labels, queue_labels, 0).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_finite_without_any_positive():
+    q, k, queue, labels, _ = batch()
+    nobody = torch.full((len(queue),), -1)
+    for num_positives in (6, None):
+        for drop_unused in (False, True):
+            loss = kcl_loss(q, k, queue, labels, nobody, num_positives, drop_unused=drop_unused)
+            assert loss.item() == kcl_loss(q, k, queue, labels, nobody, 0).item()
+    unlabelled = torch.full_like(labels, -1)  # -1 = unknown must not match the -1 of an empty slot
+    assert kcl_loss(q, k, queue, unlabelled, nobody).item() == kcl_loss(q, k, queue, labels, nobody, 0).item()
+    assert kcl_loss(q, k, queue[:0], labels, nobody[:0]).item() == 0  # K = 0: the own view is all there is
+
+
+def test_low_precision_and_autocast_compute_in_fp32():
+    x = batch(B=6, K=50)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = [t.to(dtype) if t.is_floating_point() else t for t in x]
+        expected = literal(*low, choose_positives(x[3], x[4], None), 0.07)
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = kcl_loss(*low, num_positives=None)
+            assert loss.dtype == torch.float32
+            assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_mean_over_draws_is_the_closed_form():
+    """E[loss] = logsumexp - (own + k * mean of the positives' logits) / (k + 1)."""
+    q, k, queue, _, queue_labels = batch(B=1, K=60, classes=3)
+    labels, num, draws, T = torch.tensor([1]), 6, 40_000, 0.5
+    losses = torch.stack([kcl_loss(*(t.expand(draws, -1) for t in (q, k)), queue, labels.expand(draws), queue_labels,
+                                   num, T) for _ in range(5)])
+    logits, own = (q @ queue.T)[0] / T, (q * k).sum() / T
+    closed = torch.cat([own[None], logits]).logsumexp(0) - (own + num * logits[queue_labels == 1].mean()) / (num + 1)
+    assert (queue_labels == 1).sum() > num
+    assert losses.mean().item() == pytest.approx(closed.item(), abs=2e-3)  # sd of a draw 0.3 / sqrt(200,000) = 7e-4
+
+
+def test_each_positive_is_drawn_equally_often():
+    torch.manual_seed(0)
+    queue_labels = torch.tensor([2, 0, 2, 2, -1, 2, 1, 2, 2, 2, 2, 0])
+    draws, k = 30_000, 3
+    mask = choose_positives(torch.full((draws,), 2), queue_labels, k)
+    assert (mask.sum(1) == k).all()  # without replacement
+    assert not mask[:, queue_labels != 2].any()
+    n = int((queue_labels == 2).sum())
+    p, share = k / n, mask[:, queue_labels == 2].double().mean(0)
+    assert (share - p).abs().max() < 5 * math.sqrt(p * (1 - p) / draws)
+    first_two = (mask[:, 0] & mask[:, 2]).double().mean().item()  # pairs too: k (k-1) / (n (n-1))
+    assert first_two == pytest.approx(k * (k - 1) / (n * (n - 1)), abs=0.01)
+
+
+def test_takes_all_where_there_are_fewer():
+    queue_labels = torch.tensor([0, 0, 1, -1])
+    mask = choose_positives(torch.tensor([0, 1, 2, -1]), queue_labels, 6)
+    assert mask.tolist() == [[True, True, False, False], [False, False, True, False], [False] * 4, [False] * 4]
+
+
+def test_gradient_against_finite_differences():
+    for num_positives in (0, 3, None):
+        for drop_unused in (False, True):
+            q, *rest = batch(B=3, K=11)
+
+            def loss(q):
+                torch.manual_seed(3)  # the same draw each time
+                return kcl_loss(q, *rest, num_positives, 0.2, drop_unused=drop_unused)
+            assert torch.autograd.gradcheck(loss, q.requires_grad_())
+
+
+def test_only_the_query_gets_a_gradient():
+    q, k, queue, labels, queue_labels = batch()
+    for t in (q, k, queue):
+        t.requires_grad_()
+    kcl_loss(q, k, queue, labels, queue_labels).backward()
+    assert q.grad.abs().sum() > 0 and k.grad is None and queue.grad is None
+
+
+def test_bad_arguments_are_one_sentence():
+    q, k, queue, labels, queue_labels = batch()
+    for bad in ((q, k[:-1], queue, labels, queue_labels), (q, k, queue[:, :-1], labels, queue_labels),
+                (q, k, queue, labels[:-1], queue_labels), (q, k, queue, labels, queue_labels[:-1]),
+                (q, k, queue.T, labels, queue_labels)):
+        with pytest.raises(ValueError, match=r"expected q \(B, d\)"):
+            kcl_loss(*bad)
+    with pytest.raises(ValueError, match="num_positives"):
+        kcl_loss(q, k, queue, labels, queue_labels, -1)
+    with pytest.raises(ValueError, match="fixed_divisor"):
+        kcl_loss(q, k, queue, labels, queue_labels, None, fixed_divisor=True)

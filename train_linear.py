@@ -87,8 +87,8 @@ class Heads(nn.ModuleList):
     """M linear classifiers on the same features: (B, D) -> [(B, C)] * M. Each trains as it would alone."""
 
     def __init__(self, M, D, C):
-        super().__init__(nn.Linear(D, C) for _ in range(M))
         weight = torch.randn(C, D) * 0.01  # fc ~ N(0, 0.01) as MoCo's linear protocol; the same start for all
+        super().__init__(nn.Linear(D, C) for _ in range(M))
         for head in self:
             nn.init.zeros_(head.bias)
             head.weight.data.copy_(weight)

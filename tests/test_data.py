@@ -41,13 +41,6 @@ def test_group_boundaries():
     assert make_lt.groups([1280, 101, 100, 20, 19, 1]) == ["many", "many", "medium", "medium", "few", "few"]
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("digits") / "set"
-    make_lt.make_digits(root)
-    return root
-
-
 def test_digits_lists(digits):
     lists = {f.stem: f.read_text().splitlines() for f in digits.glob("*.txt")}
     count = {name: torch.bincount(torch.tensor([int(line.split()[1]) for line in lines])).tolist()
@@ -76,8 +69,12 @@ def test_digits_are_the_same_everywhere(digits):
 def test_no_digit_serves_two_splits(tmp_path, monkeypatch):
     """Neither as the digit nor as a fragment: clutter() is handed one split's digits only."""
     seen = {}
-    monkeypatch.setattr(make_lt, "clutter", lambda digits, i, rng: (
-        seen.setdefault(len(digits), {d.tobytes() for d in digits}), np.zeros((32, 32), np.uint8))[1])
+
+    def record(digits, i, rng):
+        if len(digits) not in seen:
+            seen[len(digits)] = {d.tobytes() for d in digits}
+        return np.zeros((32, 32), np.uint8)
+    monkeypatch.setattr(make_lt, "clutter", record)
     make_lt.make_digits(tmp_path / "set", seed=3)
     assert sorted(seen) == [500, 1000, 3500]
     assert len(set.union(*seen.values())) == sum(len(s) for s in seen.values()) == 5000

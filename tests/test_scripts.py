@@ -1,0 +1,315 @@
+"""The scripts end to end: every command of the README, one process against two, resuming, bad input."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import kcl
+import make_lt
+import resnet
+import train_linear
+import train_rep
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def shell(command, cwd):
+    done = subprocess.run(command, shell=True, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def imagenet_stand_in(root):
+    """Eight JPEGs a class in ImageNet's own layout, with the published names of the lists."""
+    rng, lists = np.random.RandomState(0), {"ImageNet_LT_train": [], "ImageNet_LT_val": [], "ImageNet_LT_test": []}
+    for label, wnid in enumerate(("n01440764", "n01443537", "n02110341")):
+        for i in range(8):
+            split, name = (("val", "LT_test") if i >= 6 else ("train", "LT_val" if i == 5 else "LT_train"))
+            file = f"{split}/{wnid}/{wnid}_{i}.JPEG"
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.randint(0, 255, (60 + 20 * i, 90, 3), np.uint8)).save(root / file)
+            lists[f"ImageNet_{name}"].append(f"{file} {label}\n")
+    for name, lines in lists.items():
+        (root / f"{name}.txt").write_text("".join(lines))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A clean copy of the project in which commands can be run."""
+    root = tmp_path_factory.mktemp("project") / "kcl"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "data", "runs", "__pycache__", ".*cache"))
+    return root
+
+
+def test_every_command_of_the_readme(copy):
+    blocks = re.findall(r"```bash\n(.*?)```", (copy / "README.md").read_text(), re.S)
+    commands = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()
+                if re.match(r"python [a-z_]+\.py|torchrun", line)]
+    assert len(commands) >= 10 and {c.split(".py")[0].split()[-1] for c in commands} == {
+        "make_lt", "train_rep", "train_linear", "evaluate"}
+    imagenet_stand_in(copy / "imagenet")
+    for command in commands:
+        tiny = {"train_rep": " --epochs 1 --queue 40", "train_linear": " --epochs 1 --lr 0.1 1"}.get(
+            command.split(".py")[0].split()[-1], "")
+        if "imagenet" in command:
+            command = command.replace("/path/to/imagenet", "imagenet").replace("=8", "=2")
+            tiny += {"train_rep": " --arch resnet18 --batch 4 --workers 1", "train_linear": " --batch 4 --workers 1"}.get(
+                command.split(".py")[0].split()[-1], "")
+        shell(command + tiny, copy)
+    scored = json.loads((copy / "runs/digits-lt-kcl-seed0/linear-lt/eval.json").read_text())
+    assert {"top1", "top5", "many", "medium", "few", "balancedness", "sigma", "std", "per_class", "protocol"} <= set(scored)
+    assert scored["images"] == 1000 and scored["top1"] == pytest.approx(np.mean(scored["per_class"]))
+    for picture in ("accuracy_by_class.png", "balancedness.png"):
+        assert Image.open(copy / "runs" / picture).size[0] > 500
+
+
+def test_the_main_job_in_one_line(copy):
+    """recipes/digits.sh, one epoch a training; .venv stands in for the environment that it would make."""
+    (copy / ".venv").symlink_to(sys.prefix)
+    shutil.rmtree(copy / "data", ignore_errors=True)
+    shutil.rmtree(copy / "runs", ignore_errors=True)
+    out = shell("SMOKE=1 SEED=3 bash recipes/digits.sh", copy)
+    rows = [line for line in out.splitlines() if line.startswith("| digits-lt-")]
+    assert len(rows) == 5 and all("seed3" in row for row in rows)
+    assert "bash recipes/digits.sh" in (copy / "README.md").read_text()
+
+
+def test_two_ranks():
+    assert "ok" in shell("torchrun --nproc_per_node=2 tests/two_ranks.py", ROOT)
+
+
+def test_two_processes_evaluate_as_one(digits, tmp_path):
+    """Stage 1 on two ranks; stages 2 and 3 on one and on two: the same classifier, the same evaluation."""
+    two = "torchrun --nproc_per_node=2"
+    shell(f"{two} {ROOT}/train_rep.py --loss kcl --dataset digits --data {digits} --epochs 2 --out run", tmp_path)
+    for launch, out in ((sys.executable, "one"), (two, "two")):
+        shell(f"{launch} {ROOT}/train_linear.py run/backbone.pt --epochs 2 --lr 0.1 1 --out {out}", tmp_path)
+    heads = [torch.load(tmp_path / out / "head.pt") for out in ("one", "two")]
+    assert torch.allclose(heads[0]["weight"], heads[1]["weight"], atol=1e-4)
+    assert heads[0]["val_top1"] == heads[1]["val_top1"]
+    results = []
+    for launch in (sys.executable, two):
+        shell(f"{launch} {ROOT}/evaluate.py one/head.pt", tmp_path)
+        results.append((tmp_path / "one/eval.json").read_text())
+    assert results[0] == results[1] and json.loads(results[0])["images"] == 1000
+
+
+def tiny_rep(script, digits, out, *more):
+    script(train_rep, "--dataset", "digits", "--data", digits, "--out", out, "--epochs", 2, "--queue", 100, *more)
+    return torch.load(out / "backbone.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("loss", ["ce", "cl", "kcl", "fcl"])
+def test_run_folder(script, digits, tmp_path, loss, capsys):
+    state = tiny_rep(script, digits, tmp_path / "run", "--loss", loss, "--log-every", 5)
+    assert list(state) == [n for n in resnet.ARCHS["resnet8"]().state_dict() if not n.startswith("fc.")]
+    assert (tmp_path / "run/head.pt").exists() == (loss == "ce")
+    first, *lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert first["command"].startswith("train_rep.py --dataset") and first["torch"] == torch.__version__
+    assert first["settings"]["lr"] == (0.03 if loss == "cl" else 0.1) and first["settings"]["arch"] == "resnet8"
+    assert "lr=0." in capsys.readouterr().out  # the effective settings are printed
+    assert [line["step"] for line in lines] == [5, 10, 13, 18, 23, 26]  # 864 // 64 = 13 steps an epoch
+    assert [line["lr"] for line in lines[::3]] == pytest.approx([first["settings"]["lr"] * x for x in (1, 0.5)])
+    assert all(np.isfinite(line["loss"]) and line["images_per_s"] > 0 for line in lines)
+    if loss != "ce":
+        assert lines[0]["queue_filled"] == 1 and lines[0]["positives_in_queue"] > 1
+
+
+def test_defaults_are_the_papers(monkeypatch, tmp_path):
+    """METHOD: Table 7 on ImageNet by loss, as the parser fills them in."""
+    for loss, expected in (("ce", ("cosine", 0.1, 90, "sup")), ("cl", ("step", 0.03, 200, "moco")),
+                           ("kcl", ("cosine", 0.1, 200, "sup")), ("fcl", ("cosine", 0.1, 200, "sup"))):
+        monkeypatch.setattr(sys, "argv", ["train_rep.py", "--loss", loss, "--data", str(tmp_path)])
+        a = train_rep.parse_args()
+        assert (a.schedule, a.lr, a.epochs, a.aug) == expected
+        assert (a.dataset, a.arch, a.batch, a.queue, a.m, a.weight_decay) == ("imagenet", "resnet50", 256, 65536, 0.999, 5e-4)
+    a.schedule, a.lr = "step", 0.03  # MoCo's: x0.1 at 120 and 160 of 200
+    rates = [train_rep.learning_rate(a, epoch) for epoch in (0, 119, 120, 159, 160, 199)]
+    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+
+
+def test_keys_reach_the_queue_only_after_they_were_used(script, digits, tmp_path, monkeypatch):
+    """At each step's loss the queue ends with the batch before and holds no key of this one."""
+    steps = []
+
+    def spy(q, k, queue, labels, queue_labels, *rest):
+        slots = {tuple(row) for row in queue.tolist()}
+        steps.append((any(tuple(row) in slots for row in k.tolist()),
+                      all(tuple(row) in slots for row in steps[-1][2].tolist()) if steps else True, k.clone()))
+        return kcl.kcl_loss(q, k, queue, labels, queue_labels, *rest)
+    monkeypatch.setattr(train_rep, "kcl_loss", spy)
+    tiny_rep(script, digits, tmp_path / "run", "--epochs", 1)
+    assert len(steps) == 13 and not any(s[0] for s in steps) and all(s[1] for s in steps)
+
+
+@pytest.mark.parametrize("loss, sampler", [("kcl", "instance"), ("ce", "progressive")])
+def test_resumed_run_equals_the_straight_one(script, digits, tmp_path, monkeypatch, loss, sampler):
+    args = ("--loss", loss, "--sampler", sampler, "--epochs", 4, "--save-every", 2)
+    straight = tiny_rep(script, digits, tmp_path / "straight", *args)
+    save = train_rep.save
+
+    def save_and_die(state, path):
+        save(state, path)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train_rep, "save", save_and_die)
+        tiny_rep(script, digits, tmp_path / "run", *args)
+    assert torch.load(tmp_path / "run/ckpt.pt")["epoch"] == 2 and not (tmp_path / "run/backbone.pt").exists()
+    resumed = tiny_rep(script, digits, tmp_path / "run", *args)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    with pytest.raises(SystemExit, match="other settings .--lr 0.1.; name another --out, or --restart"):
+        tiny_rep(script, digits, tmp_path / "run", *args, "--lr", 0.2)
+
+
+def test_each_head_trains_as_it_would_alone(script, digits, tmp_path):
+    tiny_rep(script, digits, tmp_path / "run")
+    grid = [0.1, 1.0, 10.0]
+    script(train_linear, tmp_path / "run/backbone.pt", "--epochs", 2, "--lr", *grid, "--out", tmp_path / "all")
+    chosen = torch.load(tmp_path / "all/head.pt")
+    last = json.loads((tmp_path / "all/log.jsonl").read_text().splitlines()[-1])
+    for lr in grid:
+        script(train_linear, tmp_path / "run/backbone.pt", "--epochs", 2, "--lr", lr, "--out", tmp_path / f"lr{lr}")
+        alone = torch.load(tmp_path / f"lr{lr}/head.pt")
+        script(evaluate, tmp_path / f"lr{lr}/head.pt", "--list", "val.txt", "--pictures", tmp_path)
+        on_val = json.loads((tmp_path / f"lr{lr}/eval.json").read_text())["top1"]
+        assert on_val <= last["val_top1"] + 1e-6  # what was chosen is the best of the grid on val
+        if lr == last["lr"]:
+            assert torch.allclose(alone["weight"], chosen["weight"], atol=1e-5)
+            assert on_val == pytest.approx(chosen["val_top1"])
+    assert f"lr {last['lr']:g} chosen on val.txt" in chosen["protocol"] and "class sampling" in chosen["protocol"]
+    assert {"mean", "std", "pixels", "resize"} <= set(chosen)
+
+
+def test_a_moved_backbone_is_noticed(script, digits, tmp_path, monkeypatch):
+    tiny_rep(script, digits, tmp_path / "run")
+    load = train_linear.load_backbone
+
+    def leaky(*args):  # a backbone whose BatchNorm goes on counting
+        encoder = load(*args)
+        encoder.eval = lambda: encoder
+        return encoder
+    monkeypatch.setattr(train_linear, "load_backbone", leaky)
+    with pytest.raises(RuntimeError, match="frozen backbone changed: bn1"):
+        script(train_linear, tmp_path / "run/backbone.pt", "--epochs", 1, "--lr", 1)
+
+
+def test_tau_norm_is_chosen_on_val(script, digits, tmp_path, capsys):
+    tiny_rep(script, digits, tmp_path / "run", "--loss", "ce", "--epochs", 3)
+    script(evaluate, tmp_path / "run/head.pt", "--tau-norm", "--pictures", tmp_path)
+    plain, tau = (json.loads((tmp_path / "run" / f).read_text()) for f in ("eval.json", "eval_tau_norm.json"))
+    assert re.match(r"tau-norm [\d.]+ chosen on val.txt", tau["protocol"]) and plain["protocol"].startswith("joint CE")
+    assert tau["few"] is not None and tau["images"] == plain["images"] == 1000
+    chosen = float(tau["protocol"].split()[1])  # by hand: the best tau on val, from the files alone
+    head = torch.load(tmp_path / "run/head.pt")
+    backbone = resnet.load_backbone(tmp_path / "run/backbone.pt", "resnet8").eval()
+    images = torch.stack([torch.from_numpy(np.asarray(Image.open(digits / line.split()[0]).convert("RGB")).copy())
+                          for line in (digits / "val.txt").read_text().splitlines()]).permute(0, 3, 1, 2)
+    y = torch.arange(10).repeat_interleave(50)
+    with torch.no_grad():
+        f = backbone((images / 255 - torch.tensor(head["mean"]).view(3, 1, 1)) / torch.tensor(head["std"]).view(3, 1, 1))
+    def accuracy(t):
+        return ((f @ (head["weight"] / head["weight"].norm(dim=1, keepdim=True) ** t).T).argmax(1) == y).float().mean()
+    assert accuracy(chosen) >= max(accuracy(t / 10) for t in range(21)) - 0.003
+
+
+# ---- bad input: one clear sentence and a non-zero exit, before any long work
+
+def sentence(error):
+    text = str(error.value.code)
+    assert text.startswith("error: ") and "\n" not in text
+    return text
+
+
+def edited(digits, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+def test_missing_folder_list_and_head(script, digits, tmp_path):
+    for args, expected in (((train_rep, "--dataset", "digits", "--data", "nowhere", "--list", "l.txt"), "nowhere"),
+                           ((train_rep, "--data", tmp_path / "none"), "none: no such folder"),
+                           ((train_rep, "--dataset", "imagenet"), "needs --data"),
+                           ((train_rep, "--dataset", "digits", "--data", digits, "--list", "l.txt"), "l.txt: no such list"),
+                           ((train_linear, tmp_path / "backbone.pt"), "say --arch"),
+                           ((train_linear, tmp_path / "backbone.pt", "--arch", "resnet8", "--dataset", "digits", "--data",
+                             digits), "backbone.pt: no such file"),
+                           ((evaluate, tmp_path / "head.pt"), "head.pt: no such file")):
+        with pytest.raises(SystemExit) as error:
+            script(*args)
+        assert expected in sentence(error)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_that_does_not_decode(script, digits, tmp_path, workers):
+    (tmp_path / "train").mkdir()
+    for i in range(8):
+        shutil.copy(digits / f"train/0/00{i}.png", tmp_path / f"train/{i}.png")
+    (tmp_path / "train/5.png").write_bytes((tmp_path / "train/5.png").read_bytes()[:200])
+    edited(digits, tmp_path, "l.txt", "".join(f"train/{i}.png 0\n" for i in range(8)))
+    with pytest.raises(SystemExit) as error:
+        script(train_rep, "--dataset", "digits", "--data", tmp_path, "--list", "l.txt", "--val", "none", "--batch", 4,
+               "--workers", workers, "--out", tmp_path / "run")
+    assert "train/5.png (line 6 of l.txt) does not decode" in sentence(error)
+
+
+def test_val_image_in_the_training_list(script, digits, tmp_path):
+    mixed = edited(digits, tmp_path, "mixed.txt", (digits / "train_lt.txt").read_text() + "val/3/001.png 3\n")
+    with pytest.raises(SystemExit) as error:
+        script(train_rep, "--dataset", "digits", "--data", digits, "--list", mixed, "--out", tmp_path / "run")
+    assert "1 images of the validation list val.txt" in sentence(error) and "val/3/001.png" in sentence(error)
+    tiny_rep(script, digits, tmp_path / "run", "--loss", "ce")
+    with pytest.raises(SystemExit) as error:
+        script(train_linear, tmp_path / "run/backbone.pt", "--list", mixed)
+    assert "val/3/001.png" in sentence(error)
+
+
+def test_empty_class_wrong_labels_and_other_architecture(script, digits, tmp_path):
+    tiny_rep(script, digits, tmp_path / "run", "--loss", "ce")
+    head, backbone = tmp_path / "run/head.pt", tmp_path / "run/backbone.pt"
+    full = (digits / "train_full.txt").read_text()
+    without_4 = edited(digits, tmp_path, "without_4.txt", re.sub(r".* 4\n", "", full))
+    only_0_to_8 = edited(digits, tmp_path, "only_0_to_8.txt", re.sub(r".* 9\n", "", full))
+    test_11 = edited(digits, tmp_path, "test_11.txt", (digits / "test.txt").read_text() + "test/0/000.png 10\n")
+    test_without_4 = edited(digits, tmp_path, "test_without_4.txt", re.sub(r".* 4\n", "", (digits / "test.txt").read_text()))
+    foreign = tmp_path / "foreign.pt"
+    torch.save([1, 2], foreign)
+    for args, expected in (
+            ((train_linear, backbone, "--list", without_4), "class 4 has no image in the training list"),
+            ((train_linear, backbone, "--list", only_0_to_8), "val.txt: label 9 of val/9/000.png is outside the 9 classes"),
+            ((evaluate, head, "--list", test_11), "label 10 of test/0/000.png is outside the 10 classes (0 to 9)"),
+            ((evaluate, head, "--list", test_without_4), "class 4 has no image"),
+            ((evaluate, head, "--groups", test_11), "name the training list of its classes"),
+            ((evaluate, head, "--sigma", 0), "--sigma"),
+            ((train_linear, backbone, "--arch", "resnet20"), "does not fit --arch resnet20: 72 of its 114 tensors missing"),
+            ((train_linear, backbone, "--arch", "resnet50"), "does not fit --arch resnet50"),
+            ((evaluate, foreign), "not a head.pt"), ((evaluate, backbone), "not a head.pt"),
+            ((train_linear, head, "--arch", "resnet8"), "does not fit --arch resnet8"),
+            ((train_linear, foreign, "--arch", "resnet8", "--dataset", "digits", "--data", digits), "not a state_dict"),
+            ((train_rep, "--dataset", "digits", "--data", digits, "--batch", 5000), "fewer than one batch")):
+        with pytest.raises(SystemExit) as error:
+            script(*args)
+        assert expected in sentence(error)
+
+
+def test_divergence_stops_the_run(script, digits, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        tiny_rep(script, digits, tmp_path / "run", "--loss", "ce", "--lr", 1e12)
+    assert "try a smaller --lr" in sentence(error)
+
+
+def test_the_shell_sees_one_sentence_and_a_failure(tmp_path):
+    for command, expected in ((f"{sys.executable} {ROOT}/train_rep.py --data nowhere", "nowhere: no such folder"),
+                              (f"{sys.executable} {ROOT}/make_lt.py --out .", "exists already")):
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert expected in done.stderr

@@ -1,0 +1,49 @@
+"""What only two ranks can show; test_scripts.py starts it with torchrun. Prints ok on rank 0."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import ddp
+from moco import MoCo
+
+
+def main():
+    ddp.init()
+    rank, world = ddp.rank(), ddp.world()
+    assert world == 2
+    assert ddp.gather(torch.tensor([[rank, 7]])).tolist() == [[0, 7], [1, 7]]
+
+    # ranks hold the same weights, other images; a BatchNorm that adds its batch's mean would betray the batch
+    torch.manual_seed(0)
+    moco = MoCo(lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes)), dim=5, K=10)
+    images = torch.randn(8, 3, 2, 2)
+    mine = images[rank * 4:(rank + 1) * 4]
+    expected = F.normalize(moco.encoder_k(images))
+    for _ in range(3):  # shuffled across ranks and back in order
+        assert torch.allclose(moco.keys(mine), expected[rank * 4:(rank + 1) * 4], atol=1e-6)
+    seen = []
+    moco.encoder_k.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    foreign = 0
+    for _ in range(20):
+        moco.keys(mine)
+        foreign += sum(not any(torch.equal(x, y) for y in mine) for x in seen[-1])
+    assert 0.3 < foreign / 80 < 0.7, foreign  # about half of what a rank encodes comes from the other
+
+    # one queue, the same on both, in rank order
+    labels = torch.arange(4) + 4 * rank
+    moco.enqueue(expected[rank * 4:(rank + 1) * 4], labels)
+    assert moco.ptr == 8 and moco.queue_labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1]
+    assert torch.allclose(moco.queue[:8], expected)
+
+    # no image on two ranks, none missing
+    images = list(data.eval_loader(range(11), 2, 0))
+    share = torch.cat(images)
+    together = [None, None]
+    torch.distributed.all_gather_object(together, share.tolist())
+    assert sorted(together[0] + together[1]) == list(range(11))
+    ddp.print0("ok")
+
+
+if __name__ == "__main__":
+    ddp.run(main)

@@ -60,6 +60,11 @@ def class_counts(labels, num_classes=None):
     return torch.bincount(labels, minlength=num_classes or 0)
 
 
+def groups(counts):
+    """The many / medium / few-shot group of each class: > 100, 20..100, < 20 training images (Liu et al. 2019)."""
+    return ["many" if n > 100 else "medium" if n >= 20 else "few" for n in counts]
+
+
 def refuse_overlap(root, train, val):
     """Raise InputError if an image of the list `val` is in the list `train`: what chooses must not have been seen."""
     trained_on = set(read_list(root, train)[0])

@@ -21,7 +21,6 @@ from tqdm import tqdm
 import data
 import ddp
 from ddp import InputError
-from make_lt import groups
 from resnet import load_backbone
 
 TAUS = np.arange(0, 2.01, 0.1).round(1).tolist()  # 0 is the plain head without its bias, 1 gives all classes one norm
@@ -42,7 +41,7 @@ def balancedness(acc, sigma=0.1):
 
 def group_accuracy(acc, counts):
     """{many, medium, few}: mean accuracy of the classes in each group, by their training images; None if it is empty."""
-    of = np.array(groups(counts))
+    of = np.array(data.groups(counts))
     return {g: float(np.asarray(acc)[of == g].mean()) if (of == g).any() else None for g in ("many", "medium", "few")}
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data import groups
+
 ALPHAS = {"lt0": 0.0, "lt2": 0.2, "lt4": 0.4, "lt6": 0.6, "lt8": 0.8, "lt": 1.0}
 PER_CLASS = {"train": 350, "val": 50, "test": 100}  # 500 digits a class; no digit serves two splits, nor a part of one
 EMBEDDED = Path(__file__).parent / "embedded" / "mnist_5k.npz"
@@ -33,11 +35,6 @@ def alpha_counts(counts, alpha):
     n = np.asarray(counts, dtype=np.float64)
     q = (n / n.sum()) ** alpha
     return np.floor(n.sum() * q / q.sum() + 0.5).astype(int).tolist()
-
-
-def groups(counts):
-    """The many / medium / few-shot group of each class: > 100, 20..100, < 20 training images (Liu et al. 2019)."""
-    return ["many" if n > 100 else "medium" if n >= 20 else "few" for n in counts]
 
 
 def print_table(splits):

@@ -28,13 +28,13 @@ import ddp
 from ddp import InputError
 from resnet import ARCHS, load_backbone
 
-LR_GRID = (0.1, 0.3, 1, 3, 10, 30)  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
+LR_GRID = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
 
 # The paper's second stage (sec. 3.1) by kind of backbone; the digits' is one for all kinds, so that none is favoured
 SETTINGS = {
     "imagenet": {"ce": dict(epochs=10, schedule="cosine", weight_decay=5e-4, batch=256, aug="sup", workers=8),
                  "contrastive": dict(epochs=100, schedule="step", weight_decay=0.0, batch=256, aug="sup", workers=8)},
-    "digits": {kind: dict(epochs=30, schedule="cosine", weight_decay=0.0, batch=64, aug="affine", workers=0)
+    "digits": {kind: dict(epochs=15, schedule="cosine", weight_decay=0.0, batch=64, aug="affine", workers=0)
                for kind in ("ce", "contrastive")},
 }
 
@@ -55,7 +55,7 @@ def parse_args():
     p.add_argument("--workers", type=int, help="data workers of each rank")
     # optimisation
     p.add_argument("--lr", type=float, nargs="+", help="one, or several for --val to choose from; default LR_GRID")
-    p.add_argument("--epochs", type=int, help="100 for contrastive backbones, 10 for CE, digits 30")
+    p.add_argument("--epochs", type=int, help="100 for contrastive backbones, 10 for CE, digits 15")
     p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
     p.add_argument("--weight-decay", type=float, help="0 for contrastive backbones, 5e-4 for CE, digits 0")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, digits 64")

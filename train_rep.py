@@ -54,6 +54,8 @@ def parse_args():
     p.add_argument("--loss", choices=("ce", "cl", "kcl", "fcl"), default="kcl")
     p.add_argument("--num-positives", type=int, help="k of KCL; default 6, the paper's choice on ImageNet-LT's val")
     p.add_argument("--temperature", type=float, default=0.07, help="T of the contrastive softmax")
+    p.add_argument("--fixed-divisor", action="store_true", help="KCL: divide by k + 1 also where fewer are found (eq. 4)")
+    p.add_argument("--drop-unused", action="store_true", help="KCL: keys of the class not drawn leave the denominator")
     p.add_argument("--queue", type=int, help="K, keys in the queue: 65536, digits 512")
     p.add_argument("--m", type=float, help="momentum of the key encoder: 0.999, digits 0.99 (13 steps an epoch)")
     p.add_argument("--dim", type=int, default=128, help="d, size of the embedding")
@@ -94,18 +96,22 @@ def parse_args():
     for name, value in {**SETTINGS[args.dataset], **by_loss.get(args.loss, by_loss["kcl"])}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name in ("temperature", "queue", "dim", "epochs", "batch", "lr", "log_every", "save_every"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
+    if args.num_positives is not None and (args.loss != "kcl" or args.num_positives < 0):
+        raise InputError("--num-positives, 0 or more, goes with --loss kcl; cl takes none, fcl all")
+    if args.fixed_divisor and args.loss == "fcl":
+        raise InputError("--fixed-divisor needs a fixed number of positives; --loss fcl takes all there are")
     sampler = "" if args.sampler == "instance" else f"-{args.sampler}"
     list_name = Path(args.list).stem.removeprefix("train_")
     args.out = Path(args.out or f"runs/{args.dataset}-{list_name}-{args.loss}{sampler}-seed{args.seed}")
     return args
 
 
-def learning_rate(args, epoch):
-    """Of this epoch; cosine reaches 0 after the last one. MoCo's steps at 120 and 160 of 200 are 60 % and 80 %."""
-    t = epoch / args.epochs
-    if args.schedule == "cosine":
-        return args.lr * 0.5 * (1 + math.cos(math.pi * t))
-    return args.lr * 0.1 ** ((t >= 0.6) + (t >= 0.8))
+def learning_rate(base, schedule, t):
+    """At t = epoch / epochs; cosine reaches 0 after the last epoch, step is MoCo's 120 and 160 of 200."""
+    return base * (0.5 * (1 + math.cos(math.pi * t)) if schedule == "cosine" else 0.1 ** ((t >= 0.6) + (t >= 0.8)))
 
 
 def header(args):
@@ -199,7 +205,7 @@ def main():
         # each epoch seeds itself, another stream a rank: a resumed run draws what an undisturbed one does
         torch.manual_seed((args.seed * 1_000_003 + epoch) * 1_009 + ddp.rank())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch)
+            group["lr"] = learning_rate(args.lr, args.schedule, epoch / args.epochs)
         total, since = torch.zeros((), device=device), time.time()
         for step, (views, labels, _) in enumerate(loader, 1):
             labels = labels.to(device, non_blocking=True)
@@ -209,7 +215,8 @@ def main():
                 model.update_key_encoder()
                 q = F.normalize(net(to_input(views[0])))                  # (b, d)
                 k = model.keys(to_input(views[1]))                        # (b, d)
-                loss = kcl_loss(q, k, model.queue, labels, model.queue_labels, num_positives, args.temperature)
+                loss = kcl_loss(q, k, model.queue, labels, model.queue_labels, num_positives, args.temperature,
+                                args.fixed_divisor, args.drop_unused)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -26,7 +26,7 @@ def test_alpha_counts_give_the_papers_table(alpha, published):
     assert (max(n), min(n), sum(n)) == published
     if alpha == 1:
         assert n == counts
-        group = make_lt.groups(n)
+        group = data.groups(n)
         assert [group.count(g) for g in ("many", "medium", "few")] == [385, 479, 136]
 
 
@@ -38,7 +38,7 @@ def test_exponential_counts_are_cifar_lts():
 
 
 def test_group_boundaries():
-    assert make_lt.groups([1280, 101, 100, 20, 19, 1]) == ["many", "many", "medium", "medium", "few", "few"]
+    assert data.groups([1280, 101, 100, 20, 19, 1]) == ["many", "many", "medium", "medium", "few", "few"]
 
 
 def test_digits_lists(digits):

@@ -133,8 +133,8 @@ def test_defaults_are_the_papers(monkeypatch, tmp_path):
         a = train_rep.parse_args()
         assert (a.schedule, a.lr, a.epochs, a.aug) == expected
         assert (a.dataset, a.arch, a.batch, a.queue, a.m, a.weight_decay) == ("imagenet", "resnet50", 256, 65536, 0.999, 5e-4)
-    a.schedule, a.lr = "step", 0.03  # MoCo's: x0.1 at 120 and 160 of 200
-    rates = [train_rep.learning_rate(a, epoch) for epoch in (0, 119, 120, 159, 160, 199)]
+    # MoCo's: x0.1 at 120 and 160 of 200
+    rates = [train_rep.learning_rate(0.03, "step", epoch / 200) for epoch in (0, 119, 120, 159, 160, 199)]
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
 
 
@@ -239,6 +239,9 @@ def test_missing_folder_list_and_head(script, digits, tmp_path):
     for args, expected in (((train_rep, "--dataset", "digits", "--data", "nowhere", "--list", "l.txt"), "nowhere"),
                            ((train_rep, "--data", tmp_path / "none"), "none: no such folder"),
                            ((train_rep, "--dataset", "imagenet"), "needs --data"),
+                           ((train_rep, "--epochs", 0), "--epochs 0 must be above 0"),
+                           ((train_rep, "--loss", "cl", "--num-positives", 3), "goes with --loss kcl"),
+                           ((train_rep, "--loss", "fcl", "--fixed-divisor"), "--fixed-divisor needs"),
                            ((train_rep, "--dataset", "digits", "--data", digits, "--list", "l.txt"), "l.txt: no such list"),
                            ((train_linear, tmp_path / "backbone.pt"), "say --arch"),
                            ((train_linear, tmp_path / "backbone.pt", "--arch", "resnet8", "--dataset", "digits", "--data",

@@ -20,7 +20,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # name -> folder, pixels (after `resize` of the shorter side), normalisation, and list files: `train` is what the
 # representation learns from by default, `full` the balanced set of the representation evaluation (sec. 3.1)
 DATASETS = {
-    "digits": dict(root="data/digits", pixels=32, resize=32, mean=(0.154,) * 3, std=(0.254,) * 3, train="train_lt.txt",
+    "digits": dict(root="data/digits", pixels=32, resize=32, mean=(0.179,) * 3, std=(0.279,) * 3, train="train_lt.txt",
                    full="train_full.txt", val="val.txt", test="test.txt"),
     "imagenet": dict(root=None, pixels=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                      train="ImageNet_LT_train.txt", full="ImageNet_train.txt", val="ImageNet_LT_val.txt",

@@ -167,7 +167,7 @@ def draw(rows, out):
                              (axes[1], [100 * row["top1"] for row in rows], "top-1, %")):
         bars = ax.barh(names, value, color=[f"C{i % 10}" for i in range(len(rows))])
         ax.bar_label(bars, fmt="%.3f" if value[0] <= 1 else "%.1f", padding=3, fontsize="small")
-        ax.set(title=title, xlim=(0, 1.2 * max(value)))
+        ax.set(title=title, xlim=(0, 1.3 * max(value)))
         ax.invert_yaxis() if ax is axes[0] else None
     fig.savefig(out / "balancedness.png", dpi=150)
     print(f"pictures: {out / 'accuracy_by_class.png'}, {out / 'balancedness.png'}")

@@ -80,7 +80,7 @@ def test_the_main_job_in_one_line(copy):
     shutil.rmtree(copy / "runs", ignore_errors=True)
     out = shell("SMOKE=1 SEED=3 bash recipes/digits.sh", copy)
     rows = [line for line in out.splitlines() if line.startswith("| digits-lt-")]
-    assert len(rows) == 5 and all("seed3" in row for row in rows)
+    assert len(rows) == 6 and all("seed3" in row for row in rows)
     assert "bash recipes/digits.sh" in (copy / "README.md").read_text()
 
 

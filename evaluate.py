@@ -115,14 +115,14 @@ def print_table(rows):
 
     seeds = {}
     for row in rows:
-        seeds.setdefault((re.sub(r"-seed\d+", "", row["run"]), row["protocol"].split(", lr ")[0]), []).append(row)
+        seeds.setdefault((re.sub(r"-seed\d+", "", row["run"]), row["protocol"]), []).append(row)
     width = max(len(row["run"]) for row in rows) + 12
     header = ("top-1", "top-5", "many", "medium", "few", f"beta (s={rows[0]['sigma']:g})", "std")
     print(f"| {'run':<{width}} | " + " | ".join(f"{c:>11}" for c in header) + " | classifier |")
     print("|---" * (len(header) + 2) + "|")
     for row in rows:
         print_row(row["run"], [f"{row[c]:.3f}" if c == "balancedness" else percent(row[c]) for c in COLUMNS],
-                  row["protocol"])
+                  ", ".join(filter(None, (row["protocol"], row["chosen"]))))
     for (run, protocol), same in seeds.items():
         if len(same) > 1:
             cells = []
@@ -165,7 +165,8 @@ def draw(rows, out):
     for ax, value, title in ((axes[0], [row["balancedness"] for row in rows],
                               f"balancedness (sigma = {rows[0]['sigma']:g})"),
                              (axes[1], [100 * row["top1"] for row in rows], "top-1, %")):
-        bars = ax.barh(names, value, color=[f"C{i % 10}" for i in range(len(rows))])
+        bars = ax.barh(range(len(rows)), value, color=[f"C{i % 10}" for i in range(len(rows))])
+        ax.set_yticks(range(len(rows)), names)
         ax.bar_label(bars, fmt="%.3f" if value[0] <= 1 else "%.1f", padding=3, fontsize="small")
         ax.set(title=title, xlim=(0, 1.3 * max(value)))
         ax.invert_yaxis() if ax is axes[0] else None
@@ -211,16 +212,17 @@ def main():
         backbone = backbone.to(device, memory_format=torch.channels_last).eval()
         W, b = head["weight"].to(device), head["bias"].to(device)
         features, labels = extract(backbone, images[0], head, device, args.batch, args.workers)
-        results = [("eval.json", head["protocol"], features @ W.T + b)]
+        results = [("eval.json", head["protocol"], head.get("chosen", ""), features @ W.T + b)]
         if args.tau_norm and head["protocol"].startswith("joint"):
             val_features, val_labels = extract(backbone, images[1], head, device, args.batch, args.workers)
             on_val = [hits(val_features @ tau_normalize(W, tau).T, val_labels)[1].sum().item() for tau in TAUS]
             tau = TAUS[int(np.argmax(on_val))]
-            results.append(("eval_tau_norm.json", f"tau-norm {tau:g} chosen on {images[1].name}: {head['protocol']}",
-                            features @ tau_normalize(W, tau).T))
-        for file, protocol, logits in results:
-            row = {"run": head["name"], "protocol": protocol, **scores(hits(logits, labels), head["counts"], args.sigma),
-                   "list": images[0].name, "counts": head["counts"], "counts_of": head["counts_of"], "head": path}
+            results.append(("eval_tau_norm.json", f"tau-norm of {head['protocol']}",
+                            f"tau {tau:g} chosen on {images[1].name}", features @ tau_normalize(W, tau).T))
+        for file, protocol, chosen, logits in results:
+            row = {"run": head["name"], "protocol": protocol, "chosen": chosen,
+                   **scores(hits(logits, labels), head["counts"], args.sigma), "list": images[0].name,
+                   "counts": head["counts"], "counts_of": head["counts_of"], "head": path}
             rows.append(row)
             if ddp.rank() == 0:
                 Path(path).with_name(file).write_text(json.dumps(row, indent=1) + "\n")

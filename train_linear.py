@@ -184,11 +184,11 @@ def main():
                 "data": args.data, "counts": counts.tolist(), "counts_of": counts_of,
                 "name": Path(args.backbone).resolve().parent.name,
                 **{name: spec[name] for name in ("mean", "std", "pixels", "resize")},
-                "protocol": f"{args.protocol}: linear on {args.list}, {args.sampler} sampling, {args.epochs} epochs, "
-                            f"lr {args.lr[best]:g} {lr_from}", "val_top1": val_top1}
+                "protocol": f"{args.protocol}: linear on {args.list}, {args.sampler} sampling, {args.epochs} epochs",
+                "chosen": f"lr {args.lr[best]:g} {lr_from}", "val_top1": val_top1}
         torch.save(head, args.out / "head.pt")
         log.write(json.dumps({"lr": args.lr[best], "val_top1": val_top1}) + "\n")
-        print(f"classifier in {args.out / 'head.pt'} ({head['protocol']})")
+        print(f"classifier in {args.out / 'head.pt'} ({head['protocol']}, {head['chosen']})")
 
 
 if __name__ == "__main__":

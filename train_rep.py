@@ -139,7 +139,7 @@ def main():
     spec = data.DATASETS[args.dataset]
 
     # data
-    if args.dataset == "digits" and not Path(args.data).exists():
+    if args.data == data.DATASETS["digits"]["root"] and not Path(args.data).exists():
         if ddp.rank() == 0:
             print(f"composing the embedded digits in {args.data}")
             make_lt.make_digits(args.data)
@@ -172,7 +172,7 @@ def main():
     first_epoch, head_line = 0, header(args)
     if (args.out / "ckpt.pt").exists() and not args.restart:
         ckpt = torch.load(args.out / "ckpt.pt", map_location=device, weights_only=True)
-        free = {"out", "data", "workers", "log_every", "save_every", "restart"}  # may differ without changing the run
+        free = {"out", "data", "val", "workers", "log_every", "save_every", "restart"}  # may differ without changing the run
         differ = [name for name, v in head_line["settings"].items() if name not in free and ckpt["settings"].get(name) != v]
         if differ:
             raise InputError(f"{args.out} holds a run with other settings (--{differ[0].replace('_', '-')} "

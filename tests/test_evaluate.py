@@ -78,7 +78,7 @@ def test_tau_norm():
 
 
 def test_table_prints_a_dash_for_an_empty_group_and_the_mean_over_seeds(capsys):
-    rows = [{"run": f"digits-lt-kcl-seed{i}", "protocol": "lt: x, lr 1 given", "top1": t, "top5": 1.0, "many": t,
+    rows = [{"run": f"digits-lt-kcl-seed{i}", "protocol": "lt: x", "chosen": f"lr {i + 1}", "top1": t, "top5": 1.0, "many": t,
              "medium": None, "few": 0.1, "balancedness": 0.5, "std": 0.2, "sigma": 0.1, "counts_of": "train_lt.txt"}
             for i, t in enumerate((0.6, 0.7))]
     evaluate.print_table(rows)

@@ -186,7 +186,7 @@ def test_each_head_trains_as_it_would_alone(script, digits, tmp_path):
         if lr == last["lr"]:
             assert torch.allclose(alone["weight"], chosen["weight"], atol=1e-5)
             assert on_val == pytest.approx(chosen["val_top1"])
-    assert f"lr {last['lr']:g} chosen on val.txt" in chosen["protocol"] and "class sampling" in chosen["protocol"]
+    assert chosen["chosen"] == f"lr {last['lr']:g} chosen on val.txt" and "class sampling" in chosen["protocol"]
     assert {"mean", "std", "pixels", "resize"} <= set(chosen)
 
 
@@ -207,9 +207,9 @@ def test_tau_norm_is_chosen_on_val(script, digits, tmp_path, capsys):
     tiny_rep(script, digits, tmp_path / "run", "--loss", "ce", "--epochs", 3)
     script(evaluate, tmp_path / "run/head.pt", "--tau-norm", "--pictures", tmp_path)
     plain, tau = (json.loads((tmp_path / "run" / f).read_text()) for f in ("eval.json", "eval_tau_norm.json"))
-    assert re.match(r"tau-norm [\d.]+ chosen on val.txt", tau["protocol"]) and plain["protocol"].startswith("joint CE")
+    assert tau["protocol"].startswith("tau-norm of joint CE") and tau["chosen"].endswith("chosen on val.txt")
     assert tau["few"] is not None and tau["images"] == plain["images"] == 1000
-    chosen = float(tau["protocol"].split()[1])  # by hand: the best tau on val, from the files alone
+    chosen = float(tau["chosen"].split()[1])  # by hand: the best tau on val, from the files alone
     head = torch.load(tmp_path / "run/head.pt")
     backbone = resnet.load_backbone(tmp_path / "run/backbone.pt", "resnet8").eval()
     images = torch.stack([torch.from_numpy(np.asarray(Image.open(digits / line.split()[0]).convert("RGB")).copy())

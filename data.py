@@ -41,14 +41,18 @@ def read_list(root, name):
     if not file.is_file():
         raise InputError(f"{name}: no such list file, neither here nor in {root}; expected lines of `path label`")
     paths, labels = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: not a text file in UTF-8; expected lines of `path label`") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isdecimal():
+        if not path or not label.isdecimal() or len(label) > 7:  # ten million classes: a typing error
             raise InputError(f"{file}, line {number}: expected `relative/path label` with a whole-number label, "
                              f"got `{line.strip()}`")
-        paths.append("train" + path if path.startswith("/") else path)
+        paths.append("train" + path.rstrip() if path.startswith("/") else path.rstrip())
         labels.append(int(label))
     if not paths:
         raise InputError(f"{file}: the list is empty; expected lines of `path label`")
@@ -108,23 +112,25 @@ class ImageList(Dataset):
         return views, self.labels[index], index
 
 
+AUGMENTATIONS = {  # name -> steps for PIL images
+    "sup": lambda pixels: [T.RandomResizedCrop(pixels), T.RandomHorizontalFlip()],  # scale 0.08-1
+    "lt": lambda pixels: [T.RandomResizedCrop(pixels), T.RandomHorizontalFlip(), T.ColorJitter(0.4, 0.4, 0.4, 0)],
+    "moco": lambda pixels: [T.RandomResizedCrop(pixels, (0.2, 1)), T.RandomGrayscale(0.2), T.ColorJitter(0.4, 0.4, 0.4, 0.4),
+                            T.RandomHorizontalFlip()],
+    "mocov2": lambda pixels: [T.RandomResizedCrop(pixels, (0.2, 1)),
+                              T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2),
+                              # a kernel of about a tenth of the image, as SimCLR
+                              T.RandomApply([T.GaussianBlur(pixels // 20 * 2 + 1, (0.1, 2.0))], 0.5),
+                              T.RandomHorizontalFlip()],
+    # digits: a flip or a small crop changes the class (2 and 5, 6 and 0); a mild affine map does not
+    "affine": lambda pixels: [T.Resize(pixels), T.CenterCrop(pixels),
+                              T.RandomAffine(15, (0.1, 0.1), (0.85, 1.15), interpolation=T.InterpolationMode.BILINEAR)],
+}
+
+
 def augmentation(name, pixels):
     """A random PIL -> uint8 (3, pixels, pixels) transform by name."""
-    flip, jitter = T.RandomHorizontalFlip(), T.ColorJitter
-    blur = T.GaussianBlur(pixels // 20 * 2 + 1, (0.1, 2.0))  # kernel about a tenth of the image, as SimCLR
-    steps = {
-        "sup": [T.RandomResizedCrop(pixels), flip],                                       # scale 0.08-1
-        "lt": [T.RandomResizedCrop(pixels), flip, jitter(0.4, 0.4, 0.4, 0)],
-        "moco": [T.RandomResizedCrop(pixels, (0.2, 1)), T.RandomGrayscale(0.2), jitter(0.4, 0.4, 0.4, 0.4), flip],
-        "mocov2": [T.RandomResizedCrop(pixels, (0.2, 1)), T.RandomApply([jitter(0.4, 0.4, 0.4, 0.1)], 0.8),
-                   T.RandomGrayscale(0.2), T.RandomApply([blur], 0.5), flip],
-        # digits: a flip or a small crop changes the class (2 and 5, 6 and 0); a mild affine map does not
-        "affine": [T.RandomAffine(15, (0.1, 0.1), (0.85, 1.15), interpolation=T.InterpolationMode.BILINEAR)],
-    }[name]
-    return T.Compose([*steps, T.PILToTensor()])
-
-
-AUGMENTATIONS = ("sup", "moco", "mocov2", "lt", "affine")
+    return T.Compose([*AUGMENTATIONS[name](pixels), T.PILToTensor()])
 
 
 def center(pixels, resize):
@@ -172,7 +178,7 @@ class Draws(Sampler):
 
     def class_probabilities(self):
         """p_c of this epoch, (C,) float64."""
-        n, t = self.counts.double(), self.epoch / self.epochs
+        n, t = self.counts.double(), max(self.epoch, 0) / self.epochs  # before 0 the queue is filled
         instance, balanced = n / n.sum(), torch.full_like(n, 1 / len(n))
         return {"instance": instance, "class": balanced, "sqrt": n.sqrt() / n.sqrt().sum(),
                 "progressive": (1 - t) * instance + t * balanced}[self.kind]
@@ -197,15 +203,12 @@ class Draws(Sampler):
 
 def train_loader(dataset, draws, workers):
     """Batches of this rank's share: ([uint8 (b, 3, H, W)] * views, labels (b,), indices (b,))."""
-    return DataLoader(dataset, draws.batch // ddp.world(), sampler=draws, num_workers=workers, pin_memory=on_gpu(),
-                      persistent_workers=workers > 0)
+    return DataLoader(dataset, draws.batch // ddp.world(), sampler=draws, num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+                      generator=torch.Generator())  # its own, so that the loader takes nothing from the run's stream
 
 
 def eval_loader(dataset, batch, workers):
     """Every image exactly once over all ranks, nothing padded: rank r holds images r, r + world, ..."""
     return DataLoader(dataset, batch, sampler=range(ddp.rank(), len(dataset), ddp.world()), num_workers=workers,
-                      pin_memory=on_gpu())
-
-
-def on_gpu():
-    return torch.cuda.is_available()
+                      pin_memory=torch.cuda.is_available())

@@ -15,8 +15,8 @@ class InputError(Exception):
 
 
 def init():
-    """Start the process group; returns this process' torch.device (its own GPU, or the CPU)."""
-    cuda = torch.cuda.is_available()
+    """Start the process group; returns this process' torch.device: its own GPU, or the CPU where not each has one."""
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -24,7 +24,9 @@ def init():
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    print0(f"{world()} process(es) on {device.type}")
+    return device
 
 
 def rank():
@@ -60,7 +62,8 @@ def gather(x):
 
 
 def run(main):
-    """Call main() and leave the process group, whatever happens. Bad input ends with one sentence and exit code 1."""
+    """Call main() and leave the process group, whatever happens. Bad input ends with one sentence and exit code 1 (on
+    several ranks torchrun adds its own report, and a rank that waits for the one that stopped may add its own)."""
     sentence = None
     try:
         main()

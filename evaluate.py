@@ -9,6 +9,7 @@ Prints one table in percent, writes eval.json beside each head (accuracies as fr
 and to --pictures accuracy_by_class.png and balancedness.png. Runs that differ only in their seed get a mean +- std row.
 """
 import argparse
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -82,23 +83,35 @@ def scores(counts, class_sizes, sigma):
             "std": float(acc.std()), "per_class": acc.tolist(), "images": int(n.sum())}
 
 
-def load_head(path, groups_list):
-    """A head.pt of train_rep.py or train_linear.py; its class sizes from `groups_list` where that is given."""
+def load_head(path, root, groups_list):
+    """A head.pt of train_rep.py or train_linear.py; root and the list of its class sizes replaced where given."""
     try:
         head = torch.load(path, map_location="cpu", weights_only=True)
         C = len(head["weight"])
+        if missing := {"bias", "backbone", "backbone_sha256", "arch", "dataset", "data", "mean", "std", "protocol",
+                          "counts"} - set(head):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a head.pt of train_linear.py or of a CE run") from None
     except Exception as error:
         raise InputError(f"{path}: not a head.pt of train_linear.py or train_rep.py "
-                         f"({str(error).splitlines()[0]})") from None
+                         f"({(str(error) or type(error).__name__).splitlines()[0]})") from None
+    head["data"] = root or head["data"]
     if groups_list:
         head["counts"] = data.class_counts(data.read_list(head["data"], groups_list)[1], C).tolist()
         head["counts_of"] = groups_list
     if len(head["counts"]) != C:
         raise InputError(f"{head['counts_of']} has {len(head['counts'])} classes, the classifier {path} {C}; "
                          "name the training list of its classes with --groups")
+    backbone = Path(path).parent / head["backbone"]
+    if backbone.is_file() and hashlib.sha256(backbone.read_bytes()).hexdigest() != head["backbone_sha256"]:
+        raise InputError(f"{path} was trained on another {backbone} than is there now; run train_linear.py again")
     return head
+
+
+def joint(head):
+    """Trained together with its backbone: what tau-norm is for."""
+    return head["protocol"].startswith("joint CE")
 
 
 def percent(x):
@@ -108,36 +121,43 @@ def percent(x):
 COLUMNS = ("top1", "top5", "many", "medium", "few", "balancedness", "std")
 
 
-def print_table(rows):
-    """rows: dicts of scores() with run and protocol. Markdown, so that it can be pasted; then means over seeds."""
-    def print_row(run, cells, protocol):
-        print(f"| {run:<{width}} | " + " | ".join(f"{c:>11}" for c in cells) + f" | {protocol} |")
-
-    seeds = {}
+def over_seeds(rows):
+    """[(name, rows)]: rows of scores() that differ only in the seed of their run, together."""
+    same = {}
     for row in rows:
-        seeds.setdefault((re.sub(r"-seed\d+", "", row["run"]), row["protocol"]), []).append(row)
-    width = max(len(row["run"]) for row in rows) + 12
+        same.setdefault((re.sub(r"-seed\d+", "", row["run"]), row["protocol"]), []).append(row)
+    return [(f"{run}: {protocol.split(',')[0]}", group) for (run, protocol), group in same.items()]
+
+
+def print_table(rows):
+    """Markdown, so that it can be pasted: a line a row, then a line for what was run with several seeds."""
+    def line(run, cells, classifier):
+        print(f"| {run:<{width}} | " + " | ".join(f"{c:>11}" for c in cells) + f" | {classifier} |")
+
+    width = max(len(row["run"]) for row in rows)
     header = ("top-1", "top-5", "many", "medium", "few", f"beta (s={rows[0]['sigma']:g})", "std")
-    print(f"| {'run':<{width}} | " + " | ".join(f"{c:>11}" for c in header) + " | classifier |")
+    line("run", header, "classifier")
     print("|---" * (len(header) + 2) + "|")
     for row in rows:
-        print_row(row["run"], [f"{row[c]:.3f}" if c == "balancedness" else percent(row[c]) for c in COLUMNS],
-                  ", ".join(filter(None, (row["protocol"], row["chosen"]))))
-    for (run, protocol), same in seeds.items():
-        if len(same) > 1:
+        line(row["run"], [f"{row[c]:.3f}" if c == "balancedness" else percent(row[c]) for c in COLUMNS],
+             ", ".join(filter(None, (row["protocol"], row["chosen"]))))
+    for _, group in over_seeds(rows):
+        if len(group) > 1:
             cells = []
             for c in COLUMNS:
-                x = [row[c] for row in same]
+                x = [row[c] for row in group]
                 scale, digits = (1, 3) if c == "balancedness" else (100, 1)
                 cells.append("-" if None in x else
                              f"{scale * np.mean(x):.{digits}f} +- {scale * np.std(x, ddof=1):.{digits}f}")
-            print_row(f"{run}, {len(same)} seeds", cells, protocol)
+            run = re.sub(r"-seed\d+", "", group[0]["run"])
+            line(f"{run}, {len(group)} seeds", cells, group[0]["protocol"])
     print(f"in percent but for beta; sigma = {rows[0]['sigma']:g}; std of the class accuracies; many / medium / few by "
           f"the class sizes of {', '.join(sorted({row['counts_of'] for row in rows}))}; +- std over seeds")
 
 
 def draw(rows, out):
-    """Two pictures: accuracy of each class against its size, and balancedness beside accuracy (Figs 2 and 4)."""
+    """Two pictures: accuracy of each class against its size, and balancedness beside accuracy (Figs 2 and 4).
+    Runs that differ only in their seed are one mean, with their standard deviation."""
     try:
         import matplotlib
     except ImportError:
@@ -146,30 +166,36 @@ def draw(rows, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     out.mkdir(parents=True, exist_ok=True)
-    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=plt.colormaps["tab10"].colors)
-    names = [f"{row['run']}: {row['protocol'].split(',')[0]}" for row in rows]
+    names, groups = zip(*over_seeds(rows))
 
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for row, name in zip(rows, names):
-        order = np.argsort(row["counts"], kind="stable")[::-1]
-        ax.plot(np.array(row["per_class"])[order] * 100, marker="o" if len(order) <= 100 else None, label=name)
-    sizes = np.array(rows[0]["counts"])[order]
-    ticks = np.arange(len(order)) if len(order) <= 20 else np.linspace(0, len(order) - 1, 8).astype(int)
-    ax.set_xticks(ticks, sizes[ticks])
-    ax.set(xlabel=f"classes by size: images in {rows[0]['counts_of']}", ylabel="accuracy of the class, %", ylim=(0, 101))
+    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, group in zip(names, groups):
+        order = [np.argsort(row["counts"], kind="stable")[::-1] for row in group]                  # largest class first
+        acc = 100 * np.stack([np.array(row["per_class"])[o] for row, o in zip(group, order)])      # (seeds, C)
+        ax.errorbar(np.arange(acc.shape[1]), acc.mean(0), acc.std(0, ddof=1) if len(group) > 1 else None, capsize=2,
+                    marker="o" if acc.shape[1] <= 100 else None, label=name)
+    sizes = np.sort(rows[0]["counts"])[::-1]
+    if all(sorted(row["counts"]) == sorted(sizes) for row in rows):
+        ticks = np.linspace(0, len(sizes) - 1, min(len(sizes), 20)).astype(int)
+        ax.set_xticks(ticks, sizes[ticks])
+        ax.set_xlabel(f"classes by size: images in {rows[0]['counts_of']}")
+    else:
+        ax.set_xlabel("classes by size in the run's own training list, largest first")
+    ax.set(ylabel="accuracy of the class, %", ylim=(0, 101))
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small", loc="lower left")
     fig.savefig(out / "accuracy_by_class.png", dpi=150)
 
-    fig, axes = plt.subplots(1, 2, figsize=(7, 1.2 + 0.45 * len(rows)), sharey=True, layout="constrained")
-    for ax, value, title in ((axes[0], [row["balancedness"] for row in rows],
-                              f"balancedness (sigma = {rows[0]['sigma']:g})"),
-                             (axes[1], [100 * row["top1"] for row in rows], "top-1, %")):
-        bars = ax.barh(range(len(rows)), value, color=[f"C{i % 10}" for i in range(len(rows))])
-        ax.set_yticks(range(len(rows)), names)
-        ax.bar_label(bars, fmt="%.3f" if value[0] <= 1 else "%.1f", padding=3, fontsize="small")
-        ax.set(title=title, xlim=(0, 1.3 * max(value)))
-        ax.invert_yaxis() if ax is axes[0] else None
+    fig, axes = plt.subplots(1, 2, figsize=(8, 1.2 + 0.45 * len(groups)), layout="constrained")
+    for ax, column, scale, title in ((axes[0], "balancedness", 1, f"balancedness (sigma = {rows[0]['sigma']:g})"),
+                                     (axes[1], "top1", 100, "top-1, %")):
+        value = [scale * np.mean([row[column] for row in group]) for group in groups]
+        spread = [scale * np.std([row[column] for row in group], ddof=min(1, len(group) - 1)) for group in groups]
+        bars = ax.barh(range(len(groups)), value, xerr=spread, color=[f"C{i % 10}" for i in range(len(groups))])
+        ax.bar_label(bars, fmt="%.3f" if scale == 1 else "%.1f", padding=3, fontsize="small")
+        ax.set(title=title, xlim=(0, 1.35 * max(value)))
+        ax.set_yticks(range(len(groups)), names if ax is axes[0] else [""] * len(groups))
+        ax.invert_yaxis()
     fig.savefig(out / "balancedness.png", dpi=150)
     print(f"pictures: {out / 'accuracy_by_class.png'}, {out / 'balancedness.png'}")
 
@@ -188,23 +214,28 @@ def main():
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--pictures", type=Path, default=Path("runs"), help="folder of the two pictures")
     args = p.parse_args()
-    if args.sigma <= 0:
-        raise InputError(f"--sigma {args.sigma} must be above 0")
+    if min(args.sigma, args.batch) <= 0 or args.workers < 0:
+        raise InputError("--sigma and --batch must be above 0, --workers 0 or more")
 
-    heads = [load_head(path, args.groups) for path in args.heads]  # all of them, before the first long work
+    heads = [load_head(path, args.data, args.groups) for path in args.heads]  # all of them, before the first long work
     tests = []
     for head, path in zip(heads, args.heads):
         spec = data.DATASETS[head["dataset"]]
-        root = args.data or head["data"]
+        root = head["data"]
         lists = [args.list or spec["test"], *([args.val or spec["val"]] if args.tau_norm else [])]
         images = [data.ImageList(root, name, data.center(head["pixels"], head["resize"])) for name in lists]
         C = len(head["weight"])
+        if args.tau_norm and joint(head):
+            data.refuse_overlap(root, head["counts_of"], lists[1])
         for dataset in images:
             data.refuse_labels_outside(dataset, C, f"the classifier {path}")
             if (empty := (data.class_counts(dataset.labels, C) == 0).nonzero()).numel():
                 raise InputError(f"{dataset.name}: class {int(empty[0])} has no image, so it has no accuracy; the list "
                                  f"must hold all {C} classes of {path}")
         tests.append(images)
+
+    if args.tau_norm and not any(map(joint, heads)):
+        raise InputError("--tau-norm needs a joint CE head, the head.pt of a CE run, among the heads")
 
     rows = []
     for head, path, images in zip(heads, args.heads, tests):
@@ -213,7 +244,7 @@ def main():
         W, b = head["weight"].to(device), head["bias"].to(device)
         features, labels = extract(backbone, images[0], head, device, args.batch, args.workers)
         results = [("eval.json", head["protocol"], head.get("chosen", ""), features @ W.T + b)]
-        if args.tau_norm and head["protocol"].startswith("joint"):
+        if args.tau_norm and joint(head):
             val_features, val_labels = extract(backbone, images[1], head, device, args.batch, args.workers)
             on_val = [hits(val_features @ tau_normalize(W, tau).T, val_labels)[1].sum().item() for tau in TAUS]
             tau = TAUS[int(np.argmax(on_val))]

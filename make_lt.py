@@ -99,9 +99,11 @@ def make_digits(out="data/digits", seed=0, imbalance=100):
         lists |= {split: [files[split, c] for c in range(10)] for split in ("val", "test")}
         for name, per_class in lists.items():
             (root / f"{name}.txt").write_text("".join(line for lines in per_class for line in lines), encoding="utf-8")
-        os.chmod(root, 0o755)
-        if not Path(out).exists():  # else another process was faster, with the same result
+        try:
             root.rename(out)
+        except OSError:
+            if not Path(out).exists():  # else another process was faster, with the same result
+                raise
     return splits
 
 
@@ -113,6 +115,9 @@ def main():
     args = p.parse_args()
     if Path(args.out).exists():
         raise SystemExit(f"error: {args.out} exists already; delete it or name another folder with --out")
+    if not 1 <= args.imbalance <= PER_CLASS["train"]:
+        raise SystemExit(f"error: --imbalance {args.imbalance:g} must be between 1 and {PER_CLASS['train']}: the "
+                         f"largest class has {PER_CLASS['train']} images, the smallest at least 1")
     splits = make_digits(args.out, args.seed, args.imbalance)
     print(f"cluttered digits, 10 classes, in {args.out}: " + ", ".join(f"{n} {s}" for s, n in PER_CLASS.items()) +
           " images a class")

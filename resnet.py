@@ -1,6 +1,6 @@
 """
 Encoders by name: torchvision's ResNets for photographs, the CIFAR-style ones for 32 px images; and the file that holds
-one. A file of its own because all four scripts build the encoder and three read it back.
+one. A file of its own because train_rep.py builds by these names what train_linear.py and evaluate.py read back.
 """
 from functools import partial
 
@@ -77,10 +77,13 @@ def load_backbone(path, arch):
         raise InputError(f"{path}: no such file; expected a backbone.pt, which train_rep.py writes") from None
     except Exception as error:  # torch.load raises half a dozen kinds on a file that is none of its own
         raise InputError(f"{path}: not a state_dict that torch.load(weights_only=True) reads "
-                         f"({str(error).splitlines()[0]})") from None
+                         f"({(str(error) or type(error).__name__).splitlines()[0]})") from None
     encoder = ARCHS[arch]()
     encoder.fc = nn.Identity()
     own = encoder.state_dict()
+    for name in own:  # old files lack BatchNorm's step counter, which nothing here reads
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, own[name])
     missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
     extra = [name for name in state if name not in own]
     if missing or extra:

@@ -12,6 +12,7 @@ chooses; the test list is not touched. Writes head.pt and log.jsonl to <folder o
 what comes next: evaluate.py.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -51,27 +52,31 @@ def parse_args():
     p.add_argument("--list", help="training list of the classifier; default by --protocol")
     p.add_argument("--val", help="validation list, which chooses the learning rate")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), help="default by --protocol")
-    p.add_argument("--aug", choices=data.AUGMENTATIONS, help="sup, digits affine")
+    p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="sup, digits affine")
     p.add_argument("--workers", type=int, help="data workers of each rank")
     # optimisation
-    p.add_argument("--lr", type=float, nargs="+", help="one, or several for --val to choose from; default LR_GRID")
-    p.add_argument("--epochs", type=int, help="100 for contrastive backbones, 10 for CE, digits 15")
+    p.add_argument("--lr", type=float, nargs="+", help=f"one, or several for --val to choose from; default {LR_GRID}")
+    p.add_argument("--epochs", type=int, help="100 for contrastive backbones, 10 for CE and unknown ones, digits 15")
     p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
-    p.add_argument("--weight-decay", type=float, help="0 for contrastive backbones, 5e-4 for CE, digits 0")
+    p.add_argument("--weight-decay", type=float, help="0 for contrastive backbones, 5e-4 for CE and unknown ones, digits 0")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, digits 64")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", help="default: <folder of the backbone>/linear-<protocol>")
     args = p.parse_args()
 
     log = Path(args.backbone).with_name("log.jsonl")
-    run = json.loads(log.read_text().splitlines()[0])["settings"] if log.exists() else {}
+    try:
+        run = json.loads(log.read_text().splitlines()[0])["settings"] if log.exists() else {}
+    except (ValueError, LookupError):
+        raise InputError(f"{log}, line 1: expected the settings that train_rep.py writes; move a foreign file away") from None
     for name in ("arch", "dataset", "data"):
         if getattr(args, name) is None:
             setattr(args, name, run.get(name))
     if None in (args.arch, args.dataset, args.data):
         raise InputError(f"no log.jsonl of train_rep.py beside {args.backbone}; say --arch, --dataset and --data")
     spec = data.DATASETS[args.dataset]
-    args.rep_list = run.get("list")  # what the backbone saw: its class sizes make many / medium / few
+    # what the backbone saw: its class sizes make many / medium / few, if the classifier's images are of the same set
+    args.rep_list = run.get("list") if args.data == run.get("data") else None
     args.list = args.list or (spec["full"] if args.protocol == "rep" else args.rep_list or spec["train"])
     args.val = args.val or spec["val"]
     args.sampler = args.sampler or ("instance" if args.protocol == "rep" else "class")
@@ -79,6 +84,8 @@ def parse_args():
     for name, value in SETTINGS[args.dataset]["ce" if run.get("loss", "ce") == "ce" else "contrastive"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if min(*args.lr, args.epochs, args.batch) <= 0 or min(args.workers, args.weight_decay) < 0:
+        raise InputError("--lr, --epochs and --batch must be above 0, --workers and --weight-decay 0 or more")
     args.out = Path(args.out or Path(args.backbone).parent / f"linear-{args.protocol}")
     return args
 
@@ -177,10 +184,14 @@ def main():
     if moved:
         raise RuntimeError(f"the frozen backbone changed: {moved[0]} and {len(moved) - 1} more tensors")
 
+    if not torch.isfinite(total[best]):
+        raise InputError(f"the loss is not finite with learning rate {args.lr[best]:g}; try a smaller --lr")
+
     if ddp.rank() == 0:
         lr_from = f"chosen on {args.val}" if val else "given"
         head = {"weight": heads[best].weight.detach().cpu().clone(), "bias": heads[best].bias.detach().cpu().clone(),
-                "backbone": os.path.relpath(args.backbone, args.out), "arch": args.arch, "dataset": args.dataset,
+                "backbone": os.path.relpath(args.backbone, args.out),
+                "backbone_sha256": hashlib.sha256(Path(args.backbone).read_bytes()).hexdigest(), "arch": args.arch, "dataset": args.dataset,
                 "data": args.data, "counts": counts.tolist(), "counts_of": counts_of,
                 "name": Path(args.backbone).resolve().parent.name,
                 **{name: spec[name] for name in ("mean", "std", "pixels", "resize")},

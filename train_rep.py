@@ -10,6 +10,7 @@ reads, ckpt.pt (everything to resume: the same command goes on where it stopped)
 settings, versions; then a line every --log-every steps). What comes next: train_linear.py.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -67,20 +68,20 @@ def parse_args():
     p.add_argument("--list", help="training list, `path label` a line; looked up as given, then in --data")
     p.add_argument("--val", help="validation list: no image of it may be in --list; `none` if there is none")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), default="instance")
-    p.add_argument("--aug", choices=data.AUGMENTATIONS, help="default by loss: the table above")
+    p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="by loss: sup, cl moco; digits affine")
     p.add_argument("--workers", type=int, help="data workers of each rank")
     # optimisation
     p.add_argument("--arch", choices=tuple(ARCHS), help="resnet50, digits resnet8")
-    p.add_argument("--epochs", type=int, help="default by loss: the table above")
+    p.add_argument("--epochs", type=int, help="by loss: ce 90, others 200; digits 120")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, digits 64")
-    p.add_argument("--lr", type=float, help="for the whole --batch; not rescaled")
+    p.add_argument("--lr", type=float, help="for the whole --batch, not rescaled: 0.1, cl 0.03")
     p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
     p.add_argument("--weight-decay", type=float, help="5e-4 (ImageNet-LT); the paper takes 1e-4 on full ImageNet")
     p.add_argument("--seed", type=int, default=0)
     # the run
     p.add_argument("--out", help="default: runs/<data set>-<list>-<loss>-seed<n>")
-    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; only there a step is waited for")
-    p.add_argument("--save-every", type=int, help="epochs between ckpt.pt")
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; only then is the loss read")
+    p.add_argument("--save-every", type=int, help="epochs between checkpoints: 1, digits 20")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds")
     args = p.parse_args()
 
@@ -101,8 +102,10 @@ def parse_args():
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
     if args.num_positives is not None and (args.loss != "kcl" or args.num_positives < 0):
         raise InputError("--num-positives, 0 or more, goes with --loss kcl; cl takes none, fcl all")
-    if args.fixed_divisor and args.loss == "fcl":
-        raise InputError("--fixed-divisor needs a fixed number of positives; --loss fcl takes all there are")
+    if (args.fixed_divisor or args.drop_unused) and args.loss != "kcl":
+        raise InputError("--fixed-divisor and --drop-unused go with --loss kcl")
+    if args.workers < 0 or args.weight_decay < 0:
+        raise InputError("--workers and --weight-decay must be 0 or more")
     sampler = "" if args.sampler == "instance" else f"-{args.sampler}"
     list_name = Path(args.list).stem.removeprefix("train_")
     args.out = Path(args.out or f"runs/{args.dataset}-{list_name}-{args.loss}{sampler}-seed{args.seed}")
@@ -121,8 +124,8 @@ def header(args):
                              capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         git = None  # no git, or a copy without its history
-    return {"command": " ".join(["train_rep.py", *sys.argv[1:]]), "world": ddp.world(),
-            "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    return {"command": " ".join(["train_rep.py", *sys.argv[1:]]), "settings": {**settings, "world": ddp.world()},
             "torch": torch.__version__, "torchvision": torchvision.__version__, "python": sys.version.split()[0],
             "git": git, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
 
@@ -139,8 +142,8 @@ def main():
     spec = data.DATASETS[args.dataset]
 
     # data
-    if args.data == data.DATASETS["digits"]["root"] and not Path(args.data).exists():
-        if ddp.rank() == 0:
+    if args.data == data.DATASETS["digits"]["root"]:
+        if ddp.rank() == 0 and not Path(args.data).exists():
             print(f"composing the embedded digits in {args.data}")
             make_lt.make_digits(args.data)
         torch.distributed.barrier()
@@ -171,12 +174,16 @@ def main():
     # resume, or begin
     first_epoch, head_line = 0, header(args)
     if (args.out / "ckpt.pt").exists() and not args.restart:
-        ckpt = torch.load(args.out / "ckpt.pt", map_location=device, weights_only=True)
-        free = {"out", "data", "val", "workers", "log_every", "save_every", "restart"}  # may differ without changing the run
-        differ = [name for name, v in head_line["settings"].items() if name not in free and ckpt["settings"].get(name) != v]
+        try:
+            ckpt = torch.load(args.out / "ckpt.pt", map_location=device, weights_only=True)
+        except Exception as error:  # half a dozen kinds
+            raise InputError(f"{args.out / 'ckpt.pt'} does not load ({type(error).__name__}); --restart throws it away") from None
+        free = {"out", "val", "workers", "log_every", "save_every", "restart"}  # may differ without changing the run
+        differ = [f"{name}: {ckpt['settings'].get(name)} there, {v} here" for name, v in head_line["settings"].items()
+                  if name not in free and ckpt["settings"].get(name) != v]
         if differ:
-            raise InputError(f"{args.out} holds a run with other settings (--{differ[0].replace('_', '-')} "
-                             f"{ckpt['settings'].get(differ[0])}); name another --out, or --restart to throw it away")
+            raise InputError(f"{args.out} holds a run with other settings ({differ[0]}); name another --out, or "
+                             "--restart to throw it away")
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         first_epoch = ckpt["epoch"]
@@ -190,6 +197,9 @@ def main():
         model.fill_queue(batches())
     if ddp.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
+        if not first_epoch:
+            for name in ("ckpt.pt", "backbone.pt", "head.pt"):
+                (args.out / name).unlink(missing_ok=True)
         log = open(args.out / "log.jsonl", "a" if first_epoch else "w", buffering=1)
         if not first_epoch:
             print("settings: " + ", ".join(f"{name}={v}" for name, v in head_line["settings"].items()))
@@ -220,8 +230,6 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if args.loss != "ce":
-                model.enqueue(k, labels)
 
             total += loss.detach()
             if step % args.log_every == 0 or step == steps:
@@ -232,14 +240,15 @@ def main():
                     raise InputError(f"the loss is {line['loss']} at step {line['step']} with learning rate "
                                      f"{line['lr']:.3g}; {args.out} keeps its last checkpoint; try a smaller --lr")
                 if args.loss != "ce":
-                    same = labels[:, None] == model.queue_labels          # (b, K)
-                    line |= {"queue_filled": (model.queue_labels >= 0).float().mean().item(),
-                             "queue_classes": len(model.queue_labels.unique()),
-                             "positives_in_queue": same.sum(1).float().mean().item()}
+                    real = model.queue_labels[model.queue_labels >= 0]
+                    line |= {"queue_filled": len(real) / args.queue, "queue_classes": len(real.unique()),
+                             "positives_in_queue": (labels[:, None] == real).sum(1).float().mean().item()}
                 if ddp.rank() == 0:
                     log.write(json.dumps(line) + "\n")
                     bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
                 total, since = torch.zeros_like(total), time.time()
+            if args.loss != "ce":
+                model.enqueue(k, labels)
             bar.update()
         if ddp.rank() == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
             save({"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -248,11 +257,11 @@ def main():
 
     # hand on
     if ddp.rank() == 0:
-        state = {name: x.contiguous() for name, x in backbone.state_dict().items()}
+        state = {name: x.cpu().contiguous() for name, x in backbone.state_dict().items()}
         save({name: x for name, x in state.items() if not name.startswith("fc.")}, args.out / "backbone.pt")
         if args.loss == "ce":
-            save({"weight": state["fc.weight"], "bias": state["fc.bias"], "backbone": "backbone.pt", "arch": args.arch,
-                  "dataset": args.dataset, "data": args.data, "counts": counts.tolist(), "counts_of": args.list,
+            save({"weight": state["fc.weight"], "bias": state["fc.bias"], "arch": args.arch, "backbone": "backbone.pt",
+                  "backbone_sha256": hashlib.sha256((args.out / "backbone.pt").read_bytes()).hexdigest(), "dataset": args.dataset, "data": args.data, "counts": counts.tolist(), "counts_of": args.list,
                   "name": args.out.name, **{name: spec[name] for name in ("mean", "std", "pixels", "resize")},
                   "protocol": f"joint CE, {args.sampler} sampling"}, args.out / "head.pt")
         print(f"backbone in {args.out / 'backbone.pt'}")

@@ -106,10 +106,16 @@ def test_published_forms_of_list_lines(tmp_path):
 
 
 @pytest.mark.parametrize("text, where", [("a.png 0\nb.png\n", "line 2"), ("a.png x\n", "line 1"), ("a.png -1\n", "line 1"),
-                                         ("7\n", "line 1"), ("", "empty"), ("\n\n", "empty")])
+                                         ("7\n", "line 1"), ("a.png 99999999999999999999\n", "line 1"), ("", "empty"), ("\n\n", "empty")])
 def test_broken_list_line_is_named(tmp_path, text, where):
     (tmp_path / "l.txt").write_text(text)
     with pytest.raises(InputError, match=where):
+        data.read_list(tmp_path, "l.txt")
+
+
+def test_a_list_that_is_no_text(tmp_path):
+    (tmp_path / "l.txt").write_bytes(b"\xff\xfe\x00 1\n")
+    with pytest.raises(InputError, match="UTF-8"):
         data.read_list(tmp_path, "l.txt")
 
 
@@ -121,6 +127,13 @@ def test_missing_folder_and_list(tmp_path):
 
 
 # ---- images
+
+@pytest.mark.parametrize("name", data.AUGMENTATIONS)
+def test_augmentations_make_squares_of_any_image(name):
+    for size in ((90, 60), (300, 400)):
+        out = data.augmentation(name, 64)(Image.new("RGB", size))
+        assert out.shape == (3, 64, 64) and out.dtype == torch.uint8
+
 
 @pytest.mark.parametrize("name", data.AUGMENTATIONS)
 def test_augmentations_are_uint8_and_depend_on_the_seed_only(digits, name):
@@ -154,12 +167,12 @@ def test_embedded_normalisation_is_that_of_the_set(digits):
 LABELS = torch.tensor([0] * 1000 + [1] * 200 + [2] * 40)[torch.randperm(1240, generator=torch.Generator().manual_seed(0))]
 
 
-def drawn(kind, epochs, epoch=None, **kw):
-    """Class shares over many epochs; the weights of one epoch where it is given."""
-    draws, count = data.Draws(LABELS, kind, batch=10, epochs=epochs, **kw), torch.zeros(3)
+def drawn(kind, epochs, epoch):
+    """Class shares of the draws of one epoch, over 60 seeds."""
+    draws, count = data.Draws(LABELS, kind, batch=10, epochs=epochs), torch.zeros(3)
     for seed in range(60):
         draws.seed = seed
-        draws.set_epoch(epoch or 0)
+        draws.set_epoch(epoch)
         count += torch.bincount(LABELS[[i for i, _ in draws]], minlength=3)
     return count / count.sum()
 

@@ -49,7 +49,7 @@ def test_random_queue_is_unit_rows_without_labels():
     assert torch.allclose(moco.queue.norm(dim=1), torch.ones(50)) and (moco.queue_labels == -1).all()
 
 
-def test_momentum_update_is_exact():
+def test_momentum_update_is_exact_to_fp32():
     moco = MoCo(tiny, dim=8, K=4, m=0.9)
     assert all(torch.equal(a, b) for a, b in zip(moco.encoder_q.parameters(), moco.encoder_k.parameters()))
     with torch.no_grad():
@@ -83,6 +83,8 @@ def test_filled_queue_is_real_and_leaves_batchnorm_alone(K):
     images = torch.randn(4, 3, 8, 8)
     moco.fill_queue((images, torch.arange(4)) for _ in range(100))
     assert (moco.queue_labels >= 0).all()
+    assert all(map(torch.equal, before, moco.encoder_k.buffers()))
+    assert moco.encoder_k[1].num_batches_tracked == 0
     assert torch.allclose(moco.queue[0], moco.keys(images)[moco.queue_labels[0]], atol=1e-6)
     moco.fill_queue((images, torch.arange(4)) for _ in range(2))
     assert moco.ptr == (4 * -(-K // 4) + 4 * 2) % K
@@ -111,6 +113,17 @@ def test_cifar_resnets_have_the_published_size(arch, published):
     exact = sum(9 * i * o + 2 * o for i, o in convs) + 64 * 10 + 10
     size = sum(p.numel() for p in resnet.ARCHS[arch]().parameters())
     assert size == exact and round(size / 1e6, 2) == published / 1e6
+
+
+def test_backbone_file(tmp_path):
+    """A plain state_dict comes back; its fc and a missing BatchNorm step counter, as in old files, do not matter."""
+    net = resnet.ARCHS["resnet18"]()
+    state = {n: x for n, x in net.state_dict().items() if not n.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "b.pt")
+    back = resnet.load_backbone(tmp_path / "b.pt", "resnet18").eval()
+    net.fc = nn.Identity()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(back(x), net.eval()(x))
 
 
 def test_cifar_resnet_shapes():

@@ -94,7 +94,7 @@ def test_two_processes_evaluate_as_one(digits, tmp_path):
     shell(f"{two} {ROOT}/train_rep.py --loss kcl --dataset digits --data {digits} --epochs 2 --out run", tmp_path)
     for launch, out in ((sys.executable, "one"), (two, "two")):
         shell(f"{launch} {ROOT}/train_linear.py run/backbone.pt --epochs 2 --lr 0.1 1 --out {out}", tmp_path)
-    heads = [torch.load(tmp_path / out / "head.pt") for out in ("one", "two")]
+    heads = [torch.load(tmp_path / out / "head.pt", weights_only=True) for out in ("one", "two")]
     assert torch.allclose(heads[0]["weight"], heads[1]["weight"], atol=1e-4)
     assert heads[0]["val_top1"] == heads[1]["val_top1"]
     results = []
@@ -140,9 +140,10 @@ def test_defaults_are_the_papers(monkeypatch, tmp_path):
 
 def test_keys_reach_the_queue_only_after_they_were_used(script, digits, tmp_path, monkeypatch):
     """At each step's loss the queue ends with the batch before and holds no key of this one."""
-    steps = []
+    steps, asked = [], []
 
     def spy(q, k, queue, labels, queue_labels, *rest):
+        asked.append(rest[0])
         slots = {tuple(row) for row in queue.tolist()}
         steps.append((any(tuple(row) in slots for row in k.tolist()),
                       all(tuple(row) in slots for row in steps[-1][2].tolist()) if steps else True, k.clone()))
@@ -150,11 +151,15 @@ def test_keys_reach_the_queue_only_after_they_were_used(script, digits, tmp_path
     monkeypatch.setattr(train_rep, "kcl_loss", spy)
     tiny_rep(script, digits, tmp_path / "run", "--epochs", 1)
     assert len(steps) == 13 and not any(s[0] for s in steps) and all(s[1] for s in steps)
+    for loss, num_positives in (("cl", 0), ("fcl", None), ("kcl", 6)):  # each loss asks for its k
+        asked.clear()
+        tiny_rep(script, digits, tmp_path / loss, "--epochs", 1, "--loss", loss)
+        assert set(asked) == {num_positives}
 
 
-@pytest.mark.parametrize("loss, sampler", [("kcl", "instance"), ("ce", "progressive")])
-def test_resumed_run_equals_the_straight_one(script, digits, tmp_path, monkeypatch, loss, sampler):
-    args = ("--loss", loss, "--sampler", sampler, "--epochs", 4, "--save-every", 2)
+@pytest.mark.parametrize("loss, sampler, workers", [("kcl", "instance", 0), ("kcl", "progressive", 1), ("ce", "class", 1)])
+def test_resumed_run_equals_the_straight_one(script, digits, tmp_path, monkeypatch, loss, sampler, workers):
+    args = ("--loss", loss, "--sampler", sampler, "--epochs", 4, "--save-every", 2, "--batch", 128, "--workers", workers)
     straight = tiny_rep(script, digits, tmp_path / "straight", *args)
     save = train_rep.save
 
@@ -164,10 +169,14 @@ def test_resumed_run_equals_the_straight_one(script, digits, tmp_path, monkeypat
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(train_rep, "save", save_and_die)
         tiny_rep(script, digits, tmp_path / "run", *args)
-    assert torch.load(tmp_path / "run/ckpt.pt")["epoch"] == 2 and not (tmp_path / "run/backbone.pt").exists()
+    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["epoch"] == 2 and not (tmp_path / "run/backbone.pt").exists()
     resumed = tiny_rep(script, digits, tmp_path / "run", *args)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    with pytest.raises(SystemExit, match="other settings .--lr 0.1.; name another --out, or --restart"):
+    (tmp_path / "run/ckpt.pt").write_bytes((tmp_path / "straight/ckpt.pt").read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="ckpt.pt does not load"):
+        tiny_rep(script, digits, tmp_path / "run", *args)
+    shutil.copy(tmp_path / "straight/ckpt.pt", tmp_path / "run/ckpt.pt")
+    with pytest.raises(SystemExit, match="other settings .lr: 0.1 there, 0.2 here.; name another --out"):
         tiny_rep(script, digits, tmp_path / "run", *args, "--lr", 0.2)
 
 
@@ -175,11 +184,11 @@ def test_each_head_trains_as_it_would_alone(script, digits, tmp_path):
     tiny_rep(script, digits, tmp_path / "run")
     grid = [0.1, 1.0, 10.0]
     script(train_linear, tmp_path / "run/backbone.pt", "--epochs", 2, "--lr", *grid, "--out", tmp_path / "all")
-    chosen = torch.load(tmp_path / "all/head.pt")
+    chosen = torch.load(tmp_path / "all/head.pt", weights_only=True)
     last = json.loads((tmp_path / "all/log.jsonl").read_text().splitlines()[-1])
     for lr in grid:
         script(train_linear, tmp_path / "run/backbone.pt", "--epochs", 2, "--lr", lr, "--out", tmp_path / f"lr{lr}")
-        alone = torch.load(tmp_path / f"lr{lr}/head.pt")
+        alone = torch.load(tmp_path / f"lr{lr}/head.pt", weights_only=True)
         script(evaluate, tmp_path / f"lr{lr}/head.pt", "--list", "val.txt", "--pictures", tmp_path)
         on_val = json.loads((tmp_path / f"lr{lr}/eval.json").read_text())["top1"]
         assert on_val <= last["val_top1"] + 1e-6  # what was chosen is the best of the grid on val
@@ -203,6 +212,24 @@ def test_a_moved_backbone_is_noticed(script, digits, tmp_path, monkeypatch):
         script(train_linear, tmp_path / "run/backbone.pt", "--epochs", 1, "--lr", 1)
 
 
+def test_a_head_of_another_backbone_is_refused(script, digits, tmp_path):
+    tiny_rep(script, digits, tmp_path / "run")
+    script(train_linear, tmp_path / "run/backbone.pt", "--epochs", 1, "--lr", 1)
+    with pytest.raises(SystemExit, match="--tau-norm needs a joint CE head"):
+        script(evaluate, tmp_path / "run/linear-lt/head.pt", "--tau-norm")
+    tiny_rep(script, digits, tmp_path / "run", "--seed", 1, "--restart")
+    with pytest.raises(SystemExit, match="was trained on another .*backbone.pt than is there now"):
+        script(evaluate, tmp_path / "run/linear-lt/head.pt")
+
+
+def test_class_sizes_come_from_the_backbones_list_of_the_same_set(script, digits, tmp_path):
+    tiny_rep(script, digits, tmp_path / "run")
+    shutil.copytree(digits, tmp_path / "other")
+    for root, counts_of in ((digits, "train_lt.txt"), (tmp_path / "other", "train_full.txt")):
+        script(train_linear, tmp_path / "run/backbone.pt", "--protocol", "rep", "--data", root, "--epochs", 1, "--lr", 1)
+        assert torch.load(tmp_path / "run/linear-rep/head.pt", weights_only=True)["counts_of"] == counts_of
+
+
 def test_tau_norm_is_chosen_on_val(script, digits, tmp_path, capsys):
     tiny_rep(script, digits, tmp_path / "run", "--loss", "ce", "--epochs", 3)
     script(evaluate, tmp_path / "run/head.pt", "--tau-norm", "--pictures", tmp_path)
@@ -210,7 +237,7 @@ def test_tau_norm_is_chosen_on_val(script, digits, tmp_path, capsys):
     assert tau["protocol"].startswith("tau-norm of joint CE") and tau["chosen"].endswith("chosen on val.txt")
     assert tau["few"] is not None and tau["images"] == plain["images"] == 1000
     chosen = float(tau["chosen"].split()[1])  # by hand: the best tau on val, from the files alone
-    head = torch.load(tmp_path / "run/head.pt")
+    head = torch.load(tmp_path / "run/head.pt", weights_only=True)
     backbone = resnet.load_backbone(tmp_path / "run/backbone.pt", "resnet8").eval()
     images = torch.stack([torch.from_numpy(np.asarray(Image.open(digits / line.split()[0]).convert("RGB")).copy())
                           for line in (digits / "val.txt").read_text().splitlines()]).permute(0, 3, 1, 2)
@@ -241,7 +268,9 @@ def test_missing_folder_list_and_head(script, digits, tmp_path):
                            ((train_rep, "--dataset", "imagenet"), "needs --data"),
                            ((train_rep, "--epochs", 0), "--epochs 0 must be above 0"),
                            ((train_rep, "--loss", "cl", "--num-positives", 3), "goes with --loss kcl"),
-                           ((train_rep, "--loss", "fcl", "--fixed-divisor"), "--fixed-divisor needs"),
+                           ((train_rep, "--loss", "fcl", "--fixed-divisor"), "go with --loss kcl"),
+                           ((train_rep, "--loss", "cl", "--drop-unused"), "go with --loss kcl"),
+                           ((train_rep, "--workers", -1), "--workers and --weight-decay"),
                            ((train_rep, "--dataset", "digits", "--data", digits, "--list", "l.txt"), "l.txt: no such list"),
                            ((train_linear, tmp_path / "backbone.pt"), "say --arch"),
                            ((train_linear, tmp_path / "backbone.pt", "--arch", "resnet8", "--dataset", "digits", "--data",
@@ -293,7 +322,10 @@ def test_empty_class_wrong_labels_and_other_architecture(script, digits, tmp_pat
             ((evaluate, head, "--list", test_without_4), "class 4 has no image"),
             ((evaluate, head, "--groups", test_11), "name the training list of its classes"),
             ((evaluate, head, "--sigma", 0), "--sigma"),
-            ((train_linear, backbone, "--arch", "resnet20"), "does not fit --arch resnet20: 72 of its 114 tensors missing"),
+            ((evaluate, head, "--tau-norm", "--val", "train_full.txt"), "in the training list train_lt.txt too"),
+            ((train_linear, backbone, "--epochs", 0), "--epochs and --batch must be above 0"),
+            ((train_linear, backbone, "--epochs", 1, "--lr", 1e38), "try a smaller --lr"),
+            ((train_linear, backbone, "--arch", "resnet20"), "does not fit --arch resnet20: 60 of its 114 tensors missing"),
             ((train_linear, backbone, "--arch", "resnet50"), "does not fit --arch resnet50"),
             ((evaluate, foreign), "not a head.pt"), ((evaluate, backbone), "not a head.pt"),
             ((train_linear, head, "--arch", "resnet8"), "does not fit --arch resnet8"),
@@ -312,7 +344,8 @@ def test_divergence_stops_the_run(script, digits, tmp_path):
 
 def test_the_shell_sees_one_sentence_and_a_failure(tmp_path):
     for command, expected in ((f"{sys.executable} {ROOT}/train_rep.py --data nowhere", "nowhere: no such folder"),
-                              (f"{sys.executable} {ROOT}/make_lt.py --out .", "exists already")):
+                              (f"{sys.executable} {ROOT}/make_lt.py --out .", "exists already"),
+                              (f"{sys.executable} {ROOT}/make_lt.py --imbalance 1000", "between 1 and 350")):
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=ENV, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert expected in done.stderr

@@ -14,7 +14,7 @@ def main():
     assert world == 2
     assert ddp.gather(torch.tensor([[rank, 7]])).tolist() == [[0, 7], [1, 7]]
 
-    # ranks hold the same weights, other images; a BatchNorm that adds its batch's mean would betray the batch
+    # ranks hold the same weights, other images
     torch.manual_seed(0)
     moco = MoCo(lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes)), dim=5, K=10)
     images = torch.randn(8, 3, 2, 2)
@@ -35,6 +35,19 @@ def main():
     moco.enqueue(expected[rank * 4:(rank + 1) * 4], labels)
     assert moco.ptr == 8 and moco.queue_labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1]
     assert torch.allclose(moco.queue[:8], expected)
+
+    # a step: gradients are the mean over ranks, so the weights stay the same on both
+    net = ddp.wrap(moco.encoder_q)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    F.normalize(net(mine)).sum().backward()
+    optimizer.step()
+    moved = torch.cat([p.detach().flatten() for p in net.parameters()])
+    both = ddp.gather(moved[None])
+    alone = MoCo(lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes)), dim=5, K=10)
+    alone.encoder_q.load_state_dict(moco.encoder_k.state_dict())  # the weights of before
+    (F.normalize(alone.encoder_q(images)).sum() / 2).backward()
+    expected = torch.cat([(p - 0.1 * p.grad).detach().flatten() for p in alone.encoder_q.parameters()])
+    assert torch.equal(both[0], both[1]) and torch.allclose(moved, expected, atol=1e-6)
 
     # no image on two ranks, none missing
     images = list(data.eval_loader(range(11), 2, 0))

@@ -115,8 +115,8 @@ class ImageList(Dataset):
 AUGMENTATIONS = {  # name -> steps for PIL images
     "sup": lambda pixels: [T.RandomResizedCrop(pixels), T.RandomHorizontalFlip()],  # scale 0.08-1
     "lt": lambda pixels: [T.RandomResizedCrop(pixels), T.RandomHorizontalFlip(), T.ColorJitter(0.4, 0.4, 0.4, 0)],
-    "moco": lambda pixels: [T.RandomResizedCrop(pixels, (0.2, 1)), T.RandomGrayscale(0.2), T.ColorJitter(0.4, 0.4, 0.4, 0.4),
-                            T.RandomHorizontalFlip()],
+    "moco": lambda pixels: [T.RandomResizedCrop(pixels, (0.2, 1)), T.RandomGrayscale(0.2),
+                            T.ColorJitter(0.4, 0.4, 0.4, 0.4), T.RandomHorizontalFlip()],
     "mocov2": lambda pixels: [T.RandomResizedCrop(pixels, (0.2, 1)),
                               T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2),
                               # a kernel of about a tenth of the image, as SimCLR

@@ -1,6 +1,6 @@
 """
-One launcher, read from the environment: `python x.py` is a process group of size one, `torchrun --nproc_per_node=N x.py`
-one of size N, and no other line asks which it is.
+One launcher, read from the environment: `python x.py` is a process group of size one,
+`torchrun --nproc_per_node=N x.py` one of size N, and no other line asks which it is.
 """
 import gc
 import os

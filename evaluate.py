@@ -41,7 +41,7 @@ def balancedness(acc, sigma=0.1):
 
 
 def group_accuracy(acc, counts):
-    """{many, medium, few}: mean accuracy of the classes in each group, by their training images; None if it is empty."""
+    """{many, medium, few}: the mean accuracy of each group's classes, by training images counts (C,); None if empty."""
     of = np.array(data.groups(counts))
     return {g: float(np.asarray(acc)[of == g].mean()) if (of == g).any() else None for g in ("many", "medium", "few")}
 
@@ -208,7 +208,7 @@ def main():
     p.add_argument("--list", help="list to evaluate on; default: the data set's test list")
     p.add_argument("--groups", help="training list whose class sizes make many / medium / few; default: in the head")
     p.add_argument("--sigma", type=float, default=0.1, help="of the balancedness; the paper does not give its value")
-    p.add_argument("--tau-norm", action="store_true", help="also the joint CE heads tau-normalised, tau chosen on --val")
+    p.add_argument("--tau-norm", action="store_true", help="also the joint CE heads tau-normalised; tau: by --val")
     p.add_argument("--val", help="validation list for --tau-norm")
     p.add_argument("--batch", type=int, default=256)
     p.add_argument("--workers", type=int, default=2)

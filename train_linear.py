@@ -1,8 +1,8 @@
 """
 Stage 2: train a linear classifier on the frozen features of a backbone.
 
-    python train_linear.py runs/digits-lt-kcl-seed0/backbone.pt                    # long-tailed recognition, Tables 2, 3
-    python train_linear.py runs/digits-lt-kcl-seed0/backbone.pt --protocol rep     # representation evaluation, Figs 2-4
+    python train_linear.py runs/digits-lt-kcl-seed0/backbone.pt                   # long-tailed recognition: Tables 2, 3
+    python train_linear.py runs/digits-lt-kcl-seed0/backbone.pt --protocol rep    # representation evaluation, Figs 2-4
     torchrun --nproc_per_node=8 train_linear.py runs/imagenet-ImageNet_LT_train-kcl-seed0/backbone.pt
 
 lt:  the long-tailed list that the backbone was trained on, with class-balanced sampling; on a CE backbone this is cRT.
@@ -56,9 +56,9 @@ def parse_args():
     p.add_argument("--workers", type=int, help="data workers of each rank")
     # optimisation
     p.add_argument("--lr", type=float, nargs="+", help=f"one, or several for --val to choose from; default {LR_GRID}")
-    p.add_argument("--epochs", type=int, help="100 for contrastive backbones, 10 for CE and unknown ones, digits 15")
+    p.add_argument("--epochs", type=int, help="100, for CE and unknown backbones 10; digits 15")
     p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
-    p.add_argument("--weight-decay", type=float, help="0 for contrastive backbones, 5e-4 for CE and unknown ones, digits 0")
+    p.add_argument("--weight-decay", type=float, help="0, for CE and unknown backbones 5e-4; digits 0")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, digits 64")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", help="default: <folder of the backbone>/linear-<protocol>")
@@ -68,7 +68,8 @@ def parse_args():
     try:
         run = json.loads(log.read_text().splitlines()[0])["settings"] if log.exists() else {}
     except (ValueError, LookupError):
-        raise InputError(f"{log}, line 1: expected the settings that train_rep.py writes; move a foreign file away") from None
+        raise InputError(f"{log}, line 1: expected the settings that train_rep.py writes; move a foreign file "
+                         "away") from None
     for name in ("arch", "dataset", "data"):
         if getattr(args, name) is None:
             setattr(args, name, run.get(name))
@@ -169,7 +170,7 @@ def main():
 
     # choose on val
     best, val_top1 = 0, None
-    if val:
+    if val is not None:
         correct = torch.zeros(len(heads), device=device)
         with torch.no_grad():
             for (view,), labels, _ in data.eval_loader(val, args.batch, args.workers):
@@ -188,15 +189,15 @@ def main():
         raise InputError(f"the loss is not finite with learning rate {args.lr[best]:g}; try a smaller --lr")
 
     if ddp.rank() == 0:
-        lr_from = f"chosen on {args.val}" if val else "given"
+        lr_from = f"chosen on {args.val}" if val is not None else "given"
         head = {"weight": heads[best].weight.detach().cpu().clone(), "bias": heads[best].bias.detach().cpu().clone(),
                 "backbone": os.path.relpath(args.backbone, args.out),
-                "backbone_sha256": hashlib.sha256(Path(args.backbone).read_bytes()).hexdigest(), "arch": args.arch, "dataset": args.dataset,
-                "data": args.data, "counts": counts.tolist(), "counts_of": counts_of,
-                "name": Path(args.backbone).resolve().parent.name,
-                **{name: spec[name] for name in ("mean", "std", "pixels", "resize")},
+                "backbone_sha256": hashlib.sha256(Path(args.backbone).read_bytes()).hexdigest(),
+                "arch": args.arch, "dataset": args.dataset, "data": args.data,
+                "counts": counts.tolist(), "counts_of": counts_of, "name": Path(args.backbone).resolve().parent.name,
                 "protocol": f"{args.protocol}: linear on {args.list}, {args.sampler} sampling, {args.epochs} epochs",
-                "chosen": f"lr {args.lr[best]:g} {lr_from}", "val_top1": val_top1}
+                "chosen": f"lr {args.lr[best]:g} {lr_from}", "val_top1": val_top1,
+                **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}
         torch.save(head, args.out / "head.pt")
         log.write(json.dumps({"lr": args.lr[best], "val_top1": val_top1}) + "\n")
         print(f"classifier in {args.out / 'head.pt'} ({head['protocol']}, {head['chosen']})")

@@ -55,7 +55,7 @@ def parse_args():
     p.add_argument("--loss", choices=("ce", "cl", "kcl", "fcl"), default="kcl")
     p.add_argument("--num-positives", type=int, help="k of KCL; default 6, the paper's choice on ImageNet-LT's val")
     p.add_argument("--temperature", type=float, default=0.07, help="T of the contrastive softmax")
-    p.add_argument("--fixed-divisor", action="store_true", help="KCL: divide by k + 1 also where fewer are found (eq. 4)")
+    p.add_argument("--fixed-divisor", action="store_true", help="KCL: divide by k + 1 also where fewer are found")
     p.add_argument("--drop-unused", action="store_true", help="KCL: keys of the class not drawn leave the denominator")
     p.add_argument("--queue", type=int, help="K, keys in the queue: 65536, digits 512")
     p.add_argument("--m", type=float, help="momentum of the key encoder: 0.999, digits 0.99 (13 steps an epoch)")
@@ -177,7 +177,8 @@ def main():
         try:
             ckpt = torch.load(args.out / "ckpt.pt", map_location=device, weights_only=True)
         except Exception as error:  # half a dozen kinds
-            raise InputError(f"{args.out / 'ckpt.pt'} does not load ({type(error).__name__}); --restart throws it away") from None
+            raise InputError(f"{args.out / 'ckpt.pt'} does not load ({type(error).__name__}); --restart throws it "
+                             "away") from None
         free = {"out", "val", "workers", "log_every", "save_every", "restart"}  # may differ without changing the run
         differ = [f"{name}: {ckpt['settings'].get(name)} there, {v} here" for name, v in head_line["settings"].items()
                   if name not in free and ckpt["settings"].get(name) != v]
@@ -260,10 +261,12 @@ def main():
         state = {name: x.cpu().contiguous() for name, x in backbone.state_dict().items()}
         save({name: x for name, x in state.items() if not name.startswith("fc.")}, args.out / "backbone.pt")
         if args.loss == "ce":
-            save({"weight": state["fc.weight"], "bias": state["fc.bias"], "arch": args.arch, "backbone": "backbone.pt",
-                  "backbone_sha256": hashlib.sha256((args.out / "backbone.pt").read_bytes()).hexdigest(), "dataset": args.dataset, "data": args.data, "counts": counts.tolist(), "counts_of": args.list,
-                  "name": args.out.name, **{name: spec[name] for name in ("mean", "std", "pixels", "resize")},
-                  "protocol": f"joint CE, {args.sampler} sampling"}, args.out / "head.pt")
+            sha256 = hashlib.sha256((args.out / "backbone.pt").read_bytes()).hexdigest()
+            save({"weight": state["fc.weight"], "bias": state["fc.bias"], "backbone": "backbone.pt",
+                  "backbone_sha256": sha256, "arch": args.arch, "dataset": args.dataset, "data": args.data,
+                  "counts": counts.tolist(), "counts_of": args.list, "name": args.out.name,
+                  "protocol": f"joint CE, {args.sampler} sampling",
+                  **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}, args.out / "head.pt")
         print(f"backbone in {args.out / 'backbone.pt'}")
 
 

@@ -105,7 +105,8 @@ def test_published_forms_of_list_lines(tmp_path):
     assert paths == ["train/n01/x.JPEG", "train/n01/y z.JPEG", "val/é.JPEG"] and labels.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("text, where", [("a.png 0\nb.png\n", "line 2"), ("a.png x\n", "line 1"), ("a.png -1\n", "line 1"),
+@pytest.mark.parametrize("text, where", [("a.png 0\nb.png\n", "line 2"), ("a.png x\n", "line 1"),
+                                         ("a.png -1\n", "line 1"),
                                          ("7\n", "line 1"), ("a.png 99999999999999999999\n", "line 1"), ("", "empty"), ("\n\n", "empty")])
 def test_broken_list_line_is_named(tmp_path, text, where):
     (tmp_path / "l.txt").write_text(text)

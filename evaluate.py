@@ -10,6 +10,7 @@ and to --pictures accuracy_by_class.png and balancedness.png. Runs that differ o
 """
 import argparse
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -157,7 +158,7 @@ def print_table(rows):
 
 def draw(rows, out):
     """Two pictures: accuracy of each class against its size, and balancedness beside accuracy (Figs 2 and 4).
-    Runs that differ only in their seed are one mean, with their standard deviation."""
+    Runs that differ only in their seed are one mean, in the second picture with its standard deviation."""
     try:
         import matplotlib
     except ImportError:
@@ -165,15 +166,15 @@ def draw(rows, out):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.style.use("tableau-colorblind10")
     out.mkdir(parents=True, exist_ok=True)
     names, groups = zip(*over_seeds(rows))
 
     fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, group in zip(names, groups):
+    for name, group, marker in zip(names, groups, itertools.cycle("osD^vPX*")):
         order = [np.argsort(row["counts"], kind="stable")[::-1] for row in group]                  # largest class first
         acc = 100 * np.stack([np.array(row["per_class"])[o] for row, o in zip(group, order)])      # (seeds, C)
-        ax.errorbar(np.arange(acc.shape[1]), acc.mean(0), acc.std(0, ddof=1) if len(group) > 1 else None, capsize=2,
-                    marker="o" if acc.shape[1] <= 100 else None, label=name)
+        ax.plot(acc.mean(0), marker=marker if acc.shape[1] <= 100 else None, label=name)
     sizes = np.sort(rows[0]["counts"])[::-1]
     if all(sorted(row["counts"]) == sorted(sizes) for row in rows):
         ticks = np.linspace(0, len(sizes) - 1, min(len(sizes), 20)).astype(int)

@@ -5,6 +5,7 @@ A data set is a folder and list files, one `relative/path label` a line. Images 
 the bytes) and are normalised on the device. Which images an epoch draws and how each is augmented depends on the seed,
 the epoch and the position in the epoch, and on nothing else: not on the number of ranks or workers.
 """
+import hashlib
 from pathlib import Path
 
 import torch
@@ -28,18 +29,29 @@ DATASETS = {
 }
 
 
-def read_list(root, name):
-    """Paths (str, below root) and labels (int64 tensor) of the list file `name`, looked up as given, then below root.
-
-    Reads `train/n01440764/x.JPEG 0` and `/n01440764/x.JPEG 0` (below root/train), as both are published; a path may
-    hold spaces. Raises InputError for a missing folder or list, and for a line that is not a path and a label >= 0.
-    """
+def find_list(root, name):
+    """The list file `name`, looked up as given, then below root; InputError for a missing folder or list."""
     root, file = Path(root), Path(name)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; --data names the folder that the list's paths start from")
     file = file if file.is_file() else root / name
     if not file.is_file():
         raise InputError(f"{name}: no such list file, neither here nor in {root}; expected lines of `path label`")
+    return file
+
+
+def list_sha256(root, name):
+    """Of the list file's bytes: the same name in a data folder that was made anew is another list."""
+    return hashlib.sha256(find_list(root, name).read_bytes()).hexdigest()
+
+
+def read_list(root, name):
+    """Paths (str, below root) and labels (int64 tensor) of the list file `name`.
+
+    Reads `train/n01440764/x.JPEG 0` and `/n01440764/x.JPEG 0` (below root/train), as both are published; a path may
+    hold spaces. Raises InputError for a missing folder or list, and for a line that is not a path and a label >= 0.
+    """
+    file = find_list(root, name)
     paths, labels = [], []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -104,7 +116,8 @@ class ImageList(Dataset):
             with open(file, "rb") as f:
                 image = Image.open(f).convert("RGB")
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... on broken files
-            raise InputError(f"{file} (line {index + 1} of {self.name}) does not decode as an image: {error}") from None
+            raise InputError(f"{file} (line {index + 1} of {self.name}) is missing or does not decode as an image: "
+                             f"{error}") from None
         state = torch.get_rng_state()  # with workers=0 this process' own stream must not notice
         torch.default_generator.manual_seed(seed)
         views = [self.transform(image) for _ in range(self.num_views)]

@@ -25,7 +25,8 @@ def init():
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    print0(f"{world()} process(es) on {device.type}")
+    if torch.cuda.is_available() and not cuda:
+        print0("fewer GPUs than processes: running on the CPU")
     return device
 
 
@@ -56,9 +57,9 @@ def gather(x):
     """(n, ...) of each rank, n the same on all -> (world * n, ...) in rank order; no gradient."""
     if world() == 1:
         return x
-    out = x.new_empty((world() * len(x), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous())
-    return out
+    out = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
+    dist.all_gather(out, x.contiguous())
+    return torch.cat(out)
 
 
 def run(main):
@@ -69,6 +70,8 @@ def run(main):
         main()
     except InputError as error:  # raised in a data worker it arrives with a traceback, the sentence in the last line
         sentence = str(error).strip().splitlines()[-1].removeprefix("ddp.InputError: ")
+    except KeyboardInterrupt:
+        sentence = "interrupted"
     finally:
         gc.collect()  # a DDP wrapper that outlives its gloo group aborts at exit
         if dist.is_initialized():

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -88,15 +89,17 @@ def load_head(path, root, groups_list):
     """A head.pt of train_rep.py or train_linear.py; root and the list of its class sizes replaced where given."""
     try:
         head = torch.load(path, map_location="cpu", weights_only=True)
-        C = len(head["weight"])
-        if missing := {"bias", "backbone", "backbone_sha256", "arch", "dataset", "data", "mean", "std", "protocol",
-                          "counts"} - set(head):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a head.pt of train_linear.py or of a CE run") from None
-    except Exception as error:
-        raise InputError(f"{path}: not a head.pt of train_linear.py or train_rep.py "
-                         f"({(str(error) or type(error).__name__).splitlines()[0]})") from None
+        keys = {"weight", "bias", "backbone", "backbone_sha256", "arch", "dataset", "data", "protocol", "counts"}
+        if missing := keys - set(head):
+            raise KeyError(missing)
+    except Exception as error:  # torch.load raises half a dozen kinds on a file that is none of its own
+        raise InputError(f"{path}: not a head.pt ({type(error).__name__}); expected one of train_linear.py, or of a CE "
+                         "run of train_rep.py") from None
+    C = len(head["weight"])
+    if root is None and (Path(head["data"]) / head["counts_of"]).is_file() and head.get("list_sha256") not in (
+            None, data.list_sha256(head["data"], head["counts_of"])):
+        raise InputError(f"{head['counts_of']} in {head['data']} is not the list that {path} was made with, but "
+                         "another of that name; train again")
     head["data"] = root or head["data"]
     if groups_list:
         head["counts"] = data.class_counts(data.read_list(head["data"], groups_list)[1], C).tolist()
@@ -104,7 +107,7 @@ def load_head(path, root, groups_list):
     if len(head["counts"]) != C:
         raise InputError(f"{head['counts_of']} has {len(head['counts'])} classes, the classifier {path} {C}; "
                          "name the training list of its classes with --groups")
-    backbone = Path(path).parent / head["backbone"]
+    backbone = Path(os.path.normpath(Path(path).parent / head["backbone"]))
     if backbone.is_file() and hashlib.sha256(backbone.read_bytes()).hexdigest() != head["backbone_sha256"]:
         raise InputError(f"{path} was trained on another {backbone} than is there now; run train_linear.py again")
     return head
@@ -118,6 +121,9 @@ def joint(head):
 def percent(x):
     return "-" if x is None else f"{100 * x:.1f}"
 
+
+# colours that a colour-blind reader can tell apart (Okabe and Ito 2008)
+OKABE_ITO = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#000000", "#F0E442")
 
 COLUMNS = ("top1", "top5", "many", "medium", "few", "balancedness", "std")
 
@@ -166,7 +172,7 @@ def draw(rows, out):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.style.use("tableau-colorblind10")
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=OKABE_ITO)
     out.mkdir(parents=True, exist_ok=True)
     names, groups = zip(*over_seeds(rows))
 
@@ -184,7 +190,7 @@ def draw(rows, out):
         ax.set_xlabel("classes by size in the run's own training list, largest first")
     ax.set(ylabel="accuracy of the class, %", ylim=(0, 101))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize="small", loc="lower left")
+    ax.legend(fontsize="small")
     fig.savefig(out / "accuracy_by_class.png", dpi=150)
 
     fig, axes = plt.subplots(1, 2, figsize=(8, 1.2 + 0.45 * len(groups)), layout="constrained")
@@ -192,7 +198,7 @@ def draw(rows, out):
                                      (axes[1], "top1", 100, "top-1, %")):
         value = [scale * np.mean([row[column] for row in group]) for group in groups]
         spread = [scale * np.std([row[column] for row in group], ddof=min(1, len(group) - 1)) for group in groups]
-        bars = ax.barh(range(len(groups)), value, xerr=spread, color=[f"C{i % 10}" for i in range(len(groups))])
+        bars = ax.barh(range(len(groups)), value, xerr=spread, color=[f"C{i}" for i in range(len(groups))])
         ax.bar_label(bars, fmt="%.3f" if scale == 1 else "%.1f", padding=3, fontsize="small")
         ax.set(title=title, xlim=(0, 1.35 * max(value)))
         ax.set_yticks(range(len(groups)), names if ax is axes[0] else [""] * len(groups))

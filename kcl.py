@@ -50,9 +50,9 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
     if k.shape != (B, d) or queue.shape != (K, d) or labels.shape != (B,) or queue_labels.shape != (K,):
         raise ValueError("expected q (B, d), k (B, d), queue (K, d), labels (B,), queue_labels (K,); got " +
                          ", ".join(str(tuple(x.shape)) for x in (q, k, queue, labels, queue_labels)))
-    if num_positives is not None and num_positives < 0 or num_positives is None and fixed_divisor:
-        raise ValueError("num_positives is a number >= 0, or None for all, which has no fixed divisor; "
-                         f"got {num_positives} with fixed_divisor={fixed_divisor}")
+    if num_positives is not None and num_positives < 0 or num_positives is None and fixed_divisor or temperature <= 0:
+        raise ValueError("expected temperature > 0, and num_positives >= 0, or None for all, which has no fixed "
+                         f"divisor; got {temperature}, {num_positives} with fixed_divisor={fixed_divisor}")
 
     positive = choose_positives(labels, queue_labels, num_positives)      # (B, K)
     own = positive.new_ones(B, 1)                                         # slot 0, the own other view, always counts

@@ -2,7 +2,8 @@
 Build long-tailed splits. Without arguments: the embedded set, real handwritten digits in clutter, in about 10 seconds.
 
     python make_lt.py                                  # -> data/digits: PNGs, list files, the table below
-    python make_lt.py --seed 1 --out data/digits1      # another draw of images and of the class order
+    python make_lt.py --seed 1 --out data/digits1      # another draw of images and of the class order;
+                                                       # train_rep.py --data data/digits1 trains on it
 
 Prints a row (max, min, total, many / medium / few classes) for each training list: full (balanced, all images),
 lt0 ... lt8 and lt, the paper's D_LT0 ... D_LT8 and D_LT (alpha = 0 ... 0.8 and 1).

@@ -1,7 +1,8 @@
 """
 Momentum contrast: a query encoder, a key encoder that follows it, a queue of earlier keys with their labels.
 
-    moco = MoCo(torchvision.models.resnet50)
+    moco = MoCo(torchvision.models.resnet50)                      # the optimizer gets moco.encoder_q.parameters()
+    moco.fill_queue(batches)                                      # or start from random keys without labels
     moco.update_key_encoder()                                     # 1. key encoder <- m key + (1 - m) query
     q = F.normalize(moco.encoder_q(im_q))                         # 2. queries, with gradient
     k = moco.keys(im_k)                                           # 3. keys, without
@@ -10,7 +11,7 @@ Momentum contrast: a query encoder, a key encoder that follows it, a queue of ea
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020; labels in the queue as KCL
 (ICLR 2021, App. A) needs them. Not itself wrapped in DistributedDataParallel: wrap `encoder_q`, the only part with
-gradients, so that the queue is not broadcast each step. Every rank holds the same queue.
+gradients, so that the queue is not broadcast each step. Every rank holds the same queue. Needs torch and ddp.py.
 """
 import torch
 import torch.nn as nn
@@ -20,7 +21,7 @@ import ddp
 
 
 class MoCo(nn.Module):
-    """encoder: a torchvision-style constructor, encoder(num_classes=dim), whose last layer is `fc`
+    """encoder: a torchvision-style constructor, encoder(num_classes=dim); for mlp its last layer must be `fc`
     dim: d, the embedding; K: slots in the queue, any number; m: momentum of the key encoder
     mlp: MoCo v2's two-layer head in place of the linear one
     seed: of the shuffle across ranks; the same on every rank"""
@@ -77,7 +78,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def fill_queue(self, batches):
         """Fill all K slots with real keys before step 0, from an iterable of (im_k, labels). The BatchNorm statistics
-        that the pass leaves in the key encoder are undone."""
+        that the pass leaves in the key encoder are undone. Ends with the iterable if that has fewer than K keys."""
         before = [x.clone() for x in self.encoder_k.buffers()]
         filled = 0
         for im_k, labels in batches:

@@ -73,11 +73,13 @@ def load_backbone(path, arch):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {name: x for name, x in state.items() if not name.startswith("fc.")}
+        if not all(isinstance(x, torch.Tensor) for x in state.values()):
+            raise TypeError
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a backbone.pt, which train_rep.py writes") from None
     except Exception as error:  # torch.load raises half a dozen kinds on a file that is none of its own
-        raise InputError(f"{path}: not a state_dict that torch.load(weights_only=True) reads "
-                         f"({(str(error) or type(error).__name__).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a plain state_dict ({type(error).__name__}); expected a backbone.pt, which "
+                         "train_rep.py writes, or a file of torchvision's") from None
     encoder = ARCHS[arch]()
     encoder.fc = nn.Identity()
     own = encoder.state_dict()

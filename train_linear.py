@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -33,8 +34,10 @@ LR_GRID = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # 0.1 is usual for CE features, 30 is 
 
 # The paper's second stage (sec. 3.1) by kind of backbone; the digits' is one for all kinds, so that none is favoured
 SETTINGS = {
-    "imagenet": {"ce": dict(epochs=10, schedule="cosine", weight_decay=5e-4, batch=256, aug="sup", workers=8),
-                 "contrastive": dict(epochs=100, schedule="step", weight_decay=0.0, batch=256, aug="sup", workers=8)},
+    "imagenet": {"ce": dict(epochs=10, schedule="cosine", weight_decay=5e-4, batch=256, aug="sup",
+                        workers=min(8, os.cpu_count())),
+                 "contrastive": dict(epochs=100, schedule="step", weight_decay=0.0, batch=256, aug="sup",
+                        workers=min(8, os.cpu_count()))},
     "digits": {kind: dict(epochs=15, schedule="cosine", weight_decay=0.0, batch=64, aug="affine", workers=0)
                for kind in ("ce", "contrastive")},
 }
@@ -64,6 +67,8 @@ def parse_args():
     p.add_argument("--out", help="default: <folder of the backbone>/linear-<protocol>")
     args = p.parse_args()
 
+    if not Path(args.backbone).is_file():
+        raise InputError(f"{args.backbone}: no such file; expected a backbone.pt, which train_rep.py writes")
     log = Path(args.backbone).with_name("log.jsonl")
     try:
         run = json.loads(log.read_text().splitlines()[0])["settings"] if log.exists() else {}
@@ -77,7 +82,11 @@ def parse_args():
         raise InputError(f"no log.jsonl of train_rep.py beside {args.backbone}; say --arch, --dataset and --data")
     spec = data.DATASETS[args.dataset]
     # what the backbone saw: its class sizes make many / medium / few, if the classifier's images are of the same set
+    args.data = str(Path(args.data))
     args.rep_list = run.get("list") if args.data == run.get("data") else None
+    if args.rep_list and data.list_sha256(args.data, args.rep_list) != run["list_sha256"]:
+        raise InputError(f"{args.rep_list} in {args.data} is not the list that {args.backbone} was trained on, but "
+                         "another of that name; train the backbone again")
     args.list = args.list or (spec["full"] if args.protocol == "rep" else args.rep_list or spec["train"])
     args.val = args.val or spec["val"]
     args.sampler = args.sampler or ("instance" if args.protocol == "rep" else "class")
@@ -126,6 +135,8 @@ def main():
         if len(rep_counts) == C:  # else the classifier is for other classes than the backbone's
             counts, counts_of = rep_counts, args.rep_list
     val = None
+    if len(args.lr) > 1 and args.val == "none":
+        raise InputError("without a validation list nothing can choose among several learning rates; give one --lr")
     if len(args.lr) > 1:
         data.refuse_overlap(args.data, args.list, args.val)
         val = data.ImageList(args.data, args.val, data.center(spec["pixels"], spec["resize"]))
@@ -147,8 +158,11 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
         print("settings: " + ", ".join(f"{name}={v}" for name, v in settings.items()))
+        for name in ("head.pt", "eval.json"):  # of an earlier classifier
+            (args.out / name).unlink(missing_ok=True)
         log = open(args.out / "log.jsonl", "w", buffering=1)
-        log.write(json.dumps({"settings": settings, "world": ddp.world(), "torch": torch.__version__}) + "\n")
+        log.write(json.dumps({"command": " ".join(["train_linear.py", *sys.argv[1:]]), "settings": settings,
+                              "world": ddp.world(), "torch": torch.__version__}) + "\n")
     for epoch in tqdm(range(args.epochs), desc=str(args.out), unit="epoch", disable=ddp.rank() > 0, mininterval=1):
         draws.set_epoch(epoch)
         total, since = torch.zeros(len(heads), device=device), time.time()
@@ -194,7 +208,9 @@ def main():
                 "backbone": os.path.relpath(args.backbone, args.out),
                 "backbone_sha256": hashlib.sha256(Path(args.backbone).read_bytes()).hexdigest(),
                 "arch": args.arch, "dataset": args.dataset, "data": args.data,
-                "counts": counts.tolist(), "counts_of": counts_of, "name": Path(args.backbone).resolve().parent.name,
+                "counts": counts.tolist(), "counts_of": counts_of,
+                "list_sha256": data.list_sha256(args.data, counts_of),
+                "name": Path(args.backbone).resolve().parent.name,
                 "protocol": f"{args.protocol}: linear on {args.list}, {args.sampler} sampling, {args.epochs} epochs",
                 "chosen": f"lr {args.lr[best]:g} {lr_from}", "val_top1": val_top1,
                 **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}

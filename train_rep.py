@@ -36,8 +36,9 @@ from resnet import ARCHS
 # The hyper-parameters by data set and loss: the paper's Table 7 for ImageNet (batch 256 = 8 GPUs x 32, BatchNorm sees
 # 32 images), and the same scaled down for the digits. A flag on the command line wins.
 SETTINGS = {
-    "imagenet": dict(arch="resnet50", batch=256, queue=65536, m=0.999, weight_decay=5e-4, workers=8, save_every=1),
-    "digits": dict(arch="resnet8", batch=64, queue=512, m=0.99, weight_decay=5e-4, workers=0, save_every=20),
+    "imagenet": dict(arch="resnet50", batch=256, queue=65536, m=0.999, weight_decay=5e-4, save_every=1,
+                     workers=min(8, os.cpu_count())),
+    "digits": dict(arch="resnet8", batch=64, queue=512, m=0.99, weight_decay=5e-4, workers=0, save_every=5),
 }
 BY_LOSS = {
     "imagenet": {"ce": dict(lr=0.1, schedule="cosine", epochs=90, aug="sup"),
@@ -63,7 +64,8 @@ def parse_args():
     p.add_argument("--mlp", action="store_true", help="MoCo v2's two-layer head in place of the linear one")
     p.add_argument("--no-fill", action="store_true", help="start from a random queue without labels, as MoCo")
     # data
-    p.add_argument("--dataset", choices=tuple(data.DATASETS), help="default: digits, or imagenet where --data is given")
+    p.add_argument("--dataset", choices=tuple(data.DATASETS),
+                   help="default: imagenet where --data is given, unless it is a folder of digits")
     p.add_argument("--data", help="the folder that the list's paths start from")
     p.add_argument("--list", help="training list, `path label` a line; looked up as given, then in --data")
     p.add_argument("--val", help="validation list: no image of it may be in --list; `none` if there is none")
@@ -79,17 +81,19 @@ def parse_args():
     p.add_argument("--weight-decay", type=float, help="5e-4 (ImageNet-LT); the paper takes 1e-4 on full ImageNet")
     p.add_argument("--seed", type=int, default=0)
     # the run
-    p.add_argument("--out", help="default: runs/<data set>-<list>-<loss>-seed<n>")
+    p.add_argument("--out", help="default: runs/<folder of --data>-<list>-<loss>-seed<n>")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; only then is the loss read")
-    p.add_argument("--save-every", type=int, help="epochs between checkpoints: 1, digits 20")
+    p.add_argument("--save-every", type=int, help="epochs between checkpoints: 1, digits 5")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds")
     args = p.parse_args()
 
-    args.dataset = args.dataset or ("imagenet" if args.data else "digits")
+    digits = args.data is None or (Path(args.data) / data.DATASETS["digits"]["train"]).exists()  # as make_lt.py writes
+    args.dataset = args.dataset or ("digits" if digits else "imagenet")
     spec = data.DATASETS[args.dataset]
     args.data = args.data or spec["root"]
     if args.data is None:
         raise InputError(f"--dataset {args.dataset} needs --data, the folder that the list's paths start from")
+    args.data = str(Path(args.data))  # without a last slash
     args.list, args.val = args.list or spec["train"], args.val or spec["val"]
     if args.loss == "kcl" and args.num_positives is None:
         args.num_positives = 6
@@ -108,7 +112,7 @@ def parse_args():
         raise InputError("--workers and --weight-decay must be 0 or more")
     sampler = "" if args.sampler == "instance" else f"-{args.sampler}"
     list_name = Path(args.list).stem.removeprefix("train_")
-    args.out = Path(args.out or f"runs/{args.dataset}-{list_name}-{args.loss}{sampler}-seed{args.seed}")
+    args.out = Path(args.out or f"runs/{Path(args.data).name}-{list_name}-{args.loss}{sampler}-seed{args.seed}")
     return args
 
 
@@ -125,7 +129,8 @@ def header(args):
     except (OSError, subprocess.CalledProcessError):
         git = None  # no git, or a copy without its history
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    return {"command": " ".join(["train_rep.py", *sys.argv[1:]]), "settings": {**settings, "world": ddp.world()},
+    settings |= {"world": ddp.world(), "list_sha256": data.list_sha256(args.data, args.list)}
+    return {"command": " ".join(["train_rep.py", *sys.argv[1:]]), "settings": settings,
             "torch": torch.__version__, "torchvision": torchvision.__version__, "python": sys.version.split()[0],
             "git": git, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
 
@@ -173,6 +178,7 @@ def main():
 
     # resume, or begin
     first_epoch, head_line = 0, header(args)
+    ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in head_line["settings"].items()))
     if (args.out / "ckpt.pt").exists() and not args.restart:
         try:
             ckpt = torch.load(args.out / "ckpt.pt", map_location=device, weights_only=True)
@@ -188,6 +194,9 @@ def main():
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         first_epoch = ckpt["epoch"]
+        if first_epoch == args.epochs and (args.out / "backbone.pt").exists():
+            ddp.print0(f"{args.out} is finished already; --restart trains it again")
+            return
         ddp.print0(f"{args.out}: going on after epoch {first_epoch} of {args.epochs}")
     elif args.loss != "ce" and not args.no_fill:
         def batches():
@@ -195,7 +204,9 @@ def main():
                 draws.set_epoch(epoch)
                 for (_, view), labels, _ in loader:
                     yield to_input(view), labels.to(device)
-        model.fill_queue(batches())
+                    bar.update(args.batch)
+        with tqdm(total=args.queue, desc="filling the queue", unit="key", disable=ddp.rank() > 0, leave=False) as bar:
+            model.fill_queue(batches())
     if ddp.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         if not first_epoch:
@@ -203,7 +214,6 @@ def main():
                 (args.out / name).unlink(missing_ok=True)
         log = open(args.out / "log.jsonl", "a" if first_epoch else "w", buffering=1)
         if not first_epoch:
-            print("settings: " + ", ".join(f"{name}={v}" for name, v in head_line["settings"].items()))
             log.write(json.dumps(head_line) + "\n")
 
     # train
@@ -265,6 +275,7 @@ def main():
             save({"weight": state["fc.weight"], "bias": state["fc.bias"], "backbone": "backbone.pt",
                   "backbone_sha256": sha256, "arch": args.arch, "dataset": args.dataset, "data": args.data,
                   "counts": counts.tolist(), "counts_of": args.list, "name": args.out.name,
+                  "list_sha256": head_line["settings"]["list_sha256"],
                   "protocol": f"joint CE, {args.sampler} sampling",
                   **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}, args.out / "head.pt")
         print(f"backbone in {args.out / 'backbone.pt'}")

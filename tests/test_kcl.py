@@ -148,5 +148,7 @@ def test_bad_arguments_are_one_sentence():
             kcl_loss(*bad)
     with pytest.raises(ValueError, match="num_positives"):
         kcl_loss(q, k, queue, labels, queue_labels, -1)
+    with pytest.raises(ValueError, match="temperature > 0"):
+        kcl_loss(q, k, queue, labels, queue_labels, temperature=0)
     with pytest.raises(ValueError, match="fixed_divisor"):
         kcl_loss(q, k, queue, labels, queue_labels, None, fixed_divisor=True)

@@ -166,7 +166,7 @@ def test_resumed_run_equals_the_straight_one(script, digits, tmp_path, monkeypat
     def save_and_die(state, path):
         save(state, path)
         raise KeyboardInterrupt
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match="interrupted"):
         m.setattr(train_rep, "save", save_and_die)
         tiny_rep(script, digits, tmp_path / "run", *args)
     assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["epoch"] == 2 and not (tmp_path / "run/backbone.pt").exists()
@@ -222,6 +222,23 @@ def test_a_head_of_another_backbone_is_refused(script, digits, tmp_path):
         script(evaluate, tmp_path / "run/linear-lt/head.pt")
 
 
+def test_a_data_folder_made_anew_is_noticed(script, digits, tmp_path):
+    """The same names, other lists: no stage goes on with what was trained on the old ones."""
+    root = tmp_path / "digits"
+    shutil.copytree(digits, root)
+    tiny_rep(script, root, tmp_path / "run", "--loss", "ce")
+    tiny_rep(script, root, tmp_path / "run", "--loss", "ce")  # finished already: nothing to do
+    script(evaluate, tmp_path / "run/head.pt", "--pictures", tmp_path)
+    lines = (root / "train_lt.txt").read_text().splitlines(keepends=True)
+    (root / "train_lt.txt").write_text("".join(lines[1:]))
+    with pytest.raises(SystemExit, match="other settings .list_sha256"):
+        tiny_rep(script, root, tmp_path / "run", "--loss", "ce")
+    with pytest.raises(SystemExit, match="is not the list that .*backbone.pt was trained on"):
+        script(train_linear, tmp_path / "run/backbone.pt")
+    with pytest.raises(SystemExit, match="is not the list that .*head.pt was made with"):
+        script(evaluate, tmp_path / "run/head.pt")
+
+
 def test_class_sizes_come_from_the_backbones_list_of_the_same_set(script, digits, tmp_path):
     tiny_rep(script, digits, tmp_path / "run")
     shutil.copytree(digits, tmp_path / "other")
@@ -272,10 +289,13 @@ def test_missing_folder_list_and_head(script, digits, tmp_path):
                            ((train_rep, "--loss", "cl", "--drop-unused"), "go with --loss kcl"),
                            ((train_rep, "--workers", -1), "--workers and --weight-decay"),
                            ((train_rep, "--dataset", "digits", "--data", digits, "--list", "l.txt"), "l.txt: no such list"),
-                           ((train_linear, tmp_path / "backbone.pt"), "say --arch"),
+                           ((train_linear, tmp_path / "backbone.pt"), "backbone.pt: no such file"),
+                           ((train_linear, tmp_path), "no such file; expected a backbone.pt"),
+                           ((train_linear, digits / "val.txt"), "say --arch"),
                            ((train_linear, tmp_path / "backbone.pt", "--arch", "resnet8", "--dataset", "digits", "--data",
                              digits), "backbone.pt: no such file"),
-                           ((evaluate, tmp_path / "head.pt"), "head.pt: no such file")):
+                           ((evaluate, tmp_path / "head.pt"), "head.pt: not a head.pt (FileNotFoundError)"),
+                           ((evaluate, tmp_path), "expected one of train_linear.py")):
         with pytest.raises(SystemExit) as error:
             script(*args)
         assert expected in sentence(error)
@@ -291,7 +311,7 @@ def test_image_that_does_not_decode(script, digits, tmp_path, workers):
     with pytest.raises(SystemExit) as error:
         script(train_rep, "--dataset", "digits", "--data", tmp_path, "--list", "l.txt", "--val", "none", "--batch", 4,
                "--workers", workers, "--out", tmp_path / "run")
-    assert "train/5.png (line 6 of l.txt) does not decode" in sentence(error)
+    assert "train/5.png (line 6 of l.txt) is missing or does not decode" in sentence(error)
 
 
 def test_val_image_in_the_training_list(script, digits, tmp_path):
@@ -328,8 +348,9 @@ def test_empty_class_wrong_labels_and_other_architecture(script, digits, tmp_pat
             ((train_linear, backbone, "--arch", "resnet20"), "does not fit --arch resnet20: 60 of its 114 tensors missing"),
             ((train_linear, backbone, "--arch", "resnet50"), "does not fit --arch resnet50"),
             ((evaluate, foreign), "not a head.pt"), ((evaluate, backbone), "not a head.pt"),
-            ((train_linear, head, "--arch", "resnet8"), "does not fit --arch resnet8"),
-            ((train_linear, foreign, "--arch", "resnet8", "--dataset", "digits", "--data", digits), "not a state_dict"),
+            ((train_linear, head, "--arch", "resnet8"), "head.pt: not a plain state_dict"),
+            ((train_linear, backbone, "--val", "none"), "give one --lr"),
+            ((train_linear, foreign, "--arch", "resnet8", "--dataset", "digits", "--data", digits), "foreign.pt: not a plain state_dict"),
             ((train_rep, "--dataset", "digits", "--data", digits, "--batch", 5000), "fewer than one batch")):
         with pytest.raises(SystemExit) as error:
             script(*args)

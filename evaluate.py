@@ -220,7 +220,7 @@ def main():
     p.add_argument("--batch", type=int, default=256)
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--pictures", type=Path, default=Path("runs"), help="folder of the two pictures")
-    args = p.parse_args()
+    args = p.parse_intermixed_args()  # flags may stand between the heads
     if min(args.sigma, args.batch) <= 0 or args.workers < 0:
         raise InputError("--sigma and --batch must be above 0, --workers 0 or more")
 

@@ -3,7 +3,7 @@ Stage 3: accuracy (all, many / medium / few) and balancedness of one or several 
 
     python evaluate.py runs/digits-lt-ce-seed0/head.pt runs/digits-lt-kcl-seed0/linear-lt/head.pt
     python evaluate.py runs/digits-lt-ce-seed0/head.pt --tau-norm          # a row more: the CE head tau-normalised
-    torchrun --nproc_per_node=8 evaluate.py runs/imagenet-...-kcl-seed0/linear-lt/head.pt
+    torchrun --nproc_per_node=8 evaluate.py runs/imagenet-...-kcl-seed0-8ranks/linear-lt/head.pt
 
 Prints one table in percent, writes eval.json beside each head (accuracies as fractions in [0, 1]; null = empty group),
 and to --pictures accuracy_by_class.png and balancedness.png. Runs that differ only in their seed get a mean +- std row.

@@ -3,7 +3,7 @@ Stage 2: train a linear classifier on the frozen features of a backbone.
 
     python train_linear.py runs/digits-lt-kcl-seed0/backbone.pt                   # long-tailed recognition: Tables 2, 3
     python train_linear.py runs/digits-lt-kcl-seed0/backbone.pt --protocol rep    # representation evaluation, Figs 2-4
-    torchrun --nproc_per_node=8 train_linear.py runs/imagenet-ImageNet_LT_train-kcl-seed0/backbone.pt
+    torchrun --nproc_per_node=8 train_linear.py runs/imagenet-ImageNet_LT_train-kcl-seed0-8ranks/backbone.pt
 
 lt:  the long-tailed list that the backbone was trained on, with class-balanced sampling; on a CE backbone this is cRT.
 rep: the full, balanced training list, every image once an epoch.

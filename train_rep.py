@@ -81,7 +81,7 @@ def parse_args():
     p.add_argument("--weight-decay", type=float, help="5e-4 (ImageNet-LT); the paper takes 1e-4 on full ImageNet")
     p.add_argument("--seed", type=int, default=0)
     # the run
-    p.add_argument("--out", help="default: runs/<folder of --data>-<list>-<loss>-seed<n>")
+    p.add_argument("--out", help="default: runs/<folder of --data>-<list>-<loss>-seed<n>[-<n>ranks]")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; only then is the loss read")
     p.add_argument("--save-every", type=int, help="epochs between checkpoints: 1, digits 5")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds")
@@ -112,7 +112,8 @@ def parse_args():
         raise InputError("--workers and --weight-decay must be 0 or more")
     sampler = "" if args.sampler == "instance" else f"-{args.sampler}"
     list_name = Path(args.list).stem.removeprefix("train_")
-    args.out = Path(args.out or f"runs/{Path(args.data).name}-{list_name}-{args.loss}{sampler}-seed{args.seed}")
+    ranks = "" if ddp.world() == 1 else f"-{ddp.world()}ranks"  # BatchNorm sees other batches: another run
+    args.out = Path(args.out or f"runs/{Path(args.data).name}-{list_name}-{args.loss}{sampler}-seed{args.seed}{ranks}")
     return args
 
 

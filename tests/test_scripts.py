@@ -62,7 +62,7 @@ def test_every_command_of_the_readme(copy):
         tiny = {"train_rep": " --epochs 1 --queue 40", "train_linear": " --epochs 1 --lr 0.1 1"}.get(
             command.split(".py")[0].split()[-1], "")
         if "imagenet" in command:
-            command = command.replace("/path/to/imagenet", "imagenet").replace("=8", "=2")
+            command = command.replace("/path/to/imagenet", "imagenet").replace("=8", "=2").replace("-8ranks", "-2ranks")
             tiny += {"train_rep": " --arch resnet18 --batch 4 --workers 1", "train_linear": " --batch 4 --workers 1"}.get(
                 command.split(".py")[0].split()[-1], "")
         shell(command + tiny, copy)

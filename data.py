@@ -40,9 +40,9 @@ def find_list(root, name):
     return file
 
 
-def list_sha256(root, name):
-    """Of the list file's bytes: the same name in a data folder that was made anew is another list."""
-    return hashlib.sha256(find_list(root, name).read_bytes()).hexdigest()
+def sha256(file):
+    """Of a list's or a backbone's bytes: the same name in a folder that was made anew is another file."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def read_list(root, name):

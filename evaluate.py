@@ -9,7 +9,6 @@ Prints one table in percent, writes eval.json beside each head (accuracies as fr
 and to --pictures accuracy_by_class.png and balancedness.png. Runs that differ only in their seed get a mean +- std row.
 """
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -89,15 +88,16 @@ def load_head(path, root, groups_list):
     """A head.pt of train_rep.py or train_linear.py; root and the list of its class sizes replaced where given."""
     try:
         head = torch.load(path, map_location="cpu", weights_only=True)
-        keys = {"weight", "bias", "backbone", "backbone_sha256", "arch", "dataset", "data", "protocol", "counts"}
+        keys = {"weight", "bias", "backbone", "backbone_sha256", "arch", "dataset", "data", "counts", "counts_of",
+                "list_sha256", "name", "protocol", "mean", "std", "pixels", "resize"}
         if missing := keys - set(head):
             raise KeyError(missing)
     except Exception as error:  # torch.load raises half a dozen kinds on a file that is none of its own
         raise InputError(f"{path}: not a head.pt ({type(error).__name__}); expected one of train_linear.py, or of a CE "
                          "run of train_rep.py") from None
     C = len(head["weight"])
-    if root is None and (Path(head["data"]) / head["counts_of"]).is_file() and head.get("list_sha256") not in (
-            None, data.list_sha256(head["data"], head["counts_of"])):
+    trained_on = Path(head["data"]) / head["counts_of"]
+    if root is None and trained_on.is_file() and data.sha256(trained_on) != head["list_sha256"]:
         raise InputError(f"{head['counts_of']} in {head['data']} is not the list that {path} was made with, but "
                          "another of that name; train again")
     head["data"] = root or head["data"]
@@ -108,7 +108,7 @@ def load_head(path, root, groups_list):
         raise InputError(f"{head['counts_of']} has {len(head['counts'])} classes, the classifier {path} {C}; "
                          "name the training list of its classes with --groups")
     backbone = Path(os.path.normpath(Path(path).parent / head["backbone"]))
-    if backbone.is_file() and hashlib.sha256(backbone.read_bytes()).hexdigest() != head["backbone_sha256"]:
+    if backbone.is_file() and data.sha256(backbone) != head["backbone_sha256"]:
         raise InputError(f"{path} was trained on another {backbone} than is there now; run train_linear.py again")
     return head
 
@@ -129,11 +129,11 @@ COLUMNS = ("top1", "top5", "many", "medium", "few", "balancedness", "std")
 
 
 def over_seeds(rows):
-    """[(name, rows)]: rows of scores() that differ only in the seed of their run, together."""
+    """[(run, protocol, rows)]: rows of scores() that differ only in the seed of their run, together."""
     same = {}
     for row in rows:
         same.setdefault((re.sub(r"-seed\d+", "", row["run"]), row["protocol"]), []).append(row)
-    return [(f"{run}: {protocol.split(',')[0]}", group) for (run, protocol), group in same.items()]
+    return [(run, protocol, group) for (run, protocol), group in same.items()]
 
 
 def print_table(rows):
@@ -148,7 +148,7 @@ def print_table(rows):
     for row in rows:
         line(row["run"], [f"{row[c]:.3f}" if c == "balancedness" else percent(row[c]) for c in COLUMNS],
              ", ".join(filter(None, (row["protocol"], row["chosen"]))))
-    for _, group in over_seeds(rows):
+    for run, protocol, group in over_seeds(rows):
         if len(group) > 1:
             cells = []
             for c in COLUMNS:
@@ -156,8 +156,7 @@ def print_table(rows):
                 scale, digits = (1, 3) if c == "balancedness" else (100, 1)
                 cells.append("-" if None in x else
                              f"{scale * np.mean(x):.{digits}f} +- {scale * np.std(x, ddof=1):.{digits}f}")
-            run = re.sub(r"-seed\d+", "", group[0]["run"])
-            line(f"{run}, {len(group)} seeds", cells, group[0]["protocol"])
+            line(f"{run}, {len(group)} seeds", cells, protocol)
     print(f"in percent but for beta; sigma = {rows[0]['sigma']:g}; std of the class accuracies; many / medium / few by "
           f"the class sizes of {', '.join(sorted({row['counts_of'] for row in rows}))}; +- std over seeds")
 
@@ -174,7 +173,8 @@ def draw(rows, out):
     import matplotlib.pyplot as plt
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=OKABE_ITO)
     out.mkdir(parents=True, exist_ok=True)
-    names, groups = zip(*over_seeds(rows))
+    runs, protocols, groups = zip(*over_seeds(rows))
+    names = [f"{run}: {protocol.split(',')[0]}" for run, protocol in zip(runs, protocols)]
 
     fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, group, marker in zip(names, groups, itertools.cycle("osD^vPX*")):
@@ -225,24 +225,23 @@ def main():
         raise InputError("--sigma and --batch must be above 0, --workers 0 or more")
 
     heads = [load_head(path, args.data, args.groups) for path in args.heads]  # all of them, before the first long work
+    if args.tau_norm and not any(map(joint, heads)):
+        raise InputError("--tau-norm needs a joint CE head, the head.pt of a CE run, among the heads")
     tests = []
     for head, path in zip(heads, args.heads):
         spec = data.DATASETS[head["dataset"]]
-        root = head["data"]
-        lists = [args.list or spec["test"], *([args.val or spec["val"]] if args.tau_norm else [])]
-        images = [data.ImageList(root, name, data.center(head["pixels"], head["resize"])) for name in lists]
-        C = len(head["weight"])
+        lists = [args.list or spec["test"]]
         if args.tau_norm and joint(head):
-            data.refuse_overlap(root, head["counts_of"], lists[1])
+            lists.append(args.val or spec["val"])
+            data.refuse_overlap(head["data"], head["counts_of"], lists[1])
+        images = [data.ImageList(head["data"], name, data.center(head["pixels"], head["resize"])) for name in lists]
+        C = len(head["weight"])
         for dataset in images:
             data.refuse_labels_outside(dataset, C, f"the classifier {path}")
             if (empty := (data.class_counts(dataset.labels, C) == 0).nonzero()).numel():
                 raise InputError(f"{dataset.name}: class {int(empty[0])} has no image, so it has no accuracy; the list "
                                  f"must hold all {C} classes of {path}")
         tests.append(images)
-
-    if args.tau_norm and not any(map(joint, heads)):
-        raise InputError("--tau-norm needs a joint CE head, the head.pt of a CE run, among the heads")
 
     rows = []
     for head, path, images in zip(heads, args.heads, tests):

@@ -12,7 +12,6 @@ chooses; the test list is not touched. Writes head.pt and log.jsonl to <folder o
 what comes next: evaluate.py.
 """
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -84,7 +83,7 @@ def parse_args():
     # what the backbone saw: its class sizes make many / medium / few, if the classifier's images are of the same set
     args.data = str(Path(args.data))
     args.rep_list = run.get("list") if args.data == run.get("data") else None
-    if args.rep_list and data.list_sha256(args.data, args.rep_list) != run["list_sha256"]:
+    if args.rep_list and data.sha256(data.find_list(args.data, args.rep_list)) != run["list_sha256"]:
         raise InputError(f"{args.rep_list} in {args.data} is not the list that {args.backbone} was trained on, but "
                          "another of that name; train the backbone again")
     args.list = args.list or (spec["full"] if args.protocol == "rep" else args.rep_list or spec["train"])
@@ -96,6 +95,8 @@ def parse_args():
             setattr(args, name, value)
     if min(*args.lr, args.epochs, args.batch) <= 0 or min(args.workers, args.weight_decay) < 0:
         raise InputError("--lr, --epochs and --batch must be above 0, --workers and --weight-decay 0 or more")
+    if len(args.lr) > 1 and args.val == "none":
+        raise InputError("without a validation list nothing can choose among several learning rates; give one --lr")
     args.out = Path(args.out or Path(args.backbone).parent / f"linear-{args.protocol}")
     return args
 
@@ -135,8 +136,6 @@ def main():
         if len(rep_counts) == C:  # else the classifier is for other classes than the backbone's
             counts, counts_of = rep_counts, args.rep_list
     val = None
-    if len(args.lr) > 1 and args.val == "none":
-        raise InputError("without a validation list nothing can choose among several learning rates; give one --lr")
     if len(args.lr) > 1:
         data.refuse_overlap(args.data, args.list, args.val)
         val = data.ImageList(args.data, args.val, data.center(spec["pixels"], spec["resize"]))
@@ -206,10 +205,10 @@ def main():
         lr_from = f"chosen on {args.val}" if val is not None else "given"
         head = {"weight": heads[best].weight.detach().cpu().clone(), "bias": heads[best].bias.detach().cpu().clone(),
                 "backbone": os.path.relpath(args.backbone, args.out),
-                "backbone_sha256": hashlib.sha256(Path(args.backbone).read_bytes()).hexdigest(),
+                "backbone_sha256": data.sha256(args.backbone),
                 "arch": args.arch, "dataset": args.dataset, "data": args.data,
                 "counts": counts.tolist(), "counts_of": counts_of,
-                "list_sha256": data.list_sha256(args.data, counts_of),
+                "list_sha256": data.sha256(data.find_list(args.data, counts_of)),
                 "name": Path(args.backbone).resolve().parent.name,
                 "protocol": f"{args.protocol}: linear on {args.list}, {args.sampler} sampling, {args.epochs} epochs",
                 "chosen": f"lr {args.lr[best]:g} {lr_from}", "val_top1": val_top1,

@@ -10,7 +10,6 @@ reads, ckpt.pt (everything to resume: the same command goes on where it stopped)
 settings, versions; then a line every --log-every steps). What comes next: train_linear.py.
 """
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -130,7 +129,7 @@ def header(args):
     except (OSError, subprocess.CalledProcessError):
         git = None  # no git, or a copy without its history
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    settings |= {"world": ddp.world(), "list_sha256": data.list_sha256(args.data, args.list)}
+    settings |= {"world": ddp.world(), "list_sha256": data.sha256(data.find_list(args.data, args.list))}
     return {"command": " ".join(["train_rep.py", *sys.argv[1:]]), "settings": settings,
             "torch": torch.__version__, "torchvision": torchvision.__version__, "python": sys.version.split()[0],
             "git": git, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -272,10 +271,10 @@ def main():
         state = {name: x.cpu().contiguous() for name, x in backbone.state_dict().items()}
         save({name: x for name, x in state.items() if not name.startswith("fc.")}, args.out / "backbone.pt")
         if args.loss == "ce":
-            sha256 = hashlib.sha256((args.out / "backbone.pt").read_bytes()).hexdigest()
             save({"weight": state["fc.weight"], "bias": state["fc.bias"], "backbone": "backbone.pt",
-                  "backbone_sha256": sha256, "arch": args.arch, "dataset": args.dataset, "data": args.data,
-                  "counts": counts.tolist(), "counts_of": args.list, "name": args.out.name,
+                  "backbone_sha256": data.sha256(args.out / "backbone.pt"), "arch": args.arch,
+                  "dataset": args.dataset, "data": args.data, "name": args.out.name,
+                  "counts": counts.tolist(), "counts_of": args.list,
                   "list_sha256": head_line["settings"]["list_sha256"],
                   "protocol": f"joint CE, {args.sampler} sampling",
                   **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}, args.out / "head.pt")

@@ -18,14 +18,25 @@ from ddp import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# name -> folder, pixels (after `resize` of the shorter side), normalisation, and list files: `train` is what the
-# representation learns from by default, `full` the balanced set of the representation evaluation (sec. 3.1)
+# name -> kind (which hyper-parameters it takes), folder, pixels (after `resize` of the shorter side), normalisation, and
+# list files: `train` is what the representation learns from by default, `full` the balanced set of the representation
+# evaluation (sec. 3.1), `val` chooses ("none": the set has none), `test` is reported. make_lt.py --dataset writes them.
+LISTS = dict(train="train_lt.txt", full="train_full.txt", val="val.txt", test="test.txt")
+PHOTOS = dict(kind="photos", root=None, pixels=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 DATASETS = {
-    "digits": dict(root="data/digits", pixels=32, resize=32, mean=(0.179,) * 3, std=(0.279,) * 3, train="train_lt.txt",
-                   full="train_full.txt", val="val.txt", test="test.txt"),
-    "imagenet": dict(root=None, pixels=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                     train="ImageNet_LT_train.txt", full="ImageNet_train.txt", val="ImageNet_LT_val.txt",
+    "digits": dict(kind="digits", root="data/digits", pixels=32, resize=32, mean=(0.179,) * 3, std=(0.279,) * 3, **LISTS),
+    "imagenet": dict(PHOTOS, train="ImageNet_LT_train.txt", full="train_full.txt", val="ImageNet_LT_val.txt",
                      test="ImageNet_LT_test.txt"),
+    # long-tailed by nature, no balanced training set; the official validation set is what everybody reports
+    "inat18": dict(PHOTOS, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192), train="iNaturalist18_train.txt",
+                   full="none", val="none", test="iNaturalist18_val.txt"),
+    "places365": dict(PHOTOS, **LISTS),
+    # CIFAR-LT takes every image of its largest class, so nothing is left to choose on
+    "cifar10": dict(kind="cifar", root="data/cifar10", pixels=32, resize=32, mean=(0.4914, 0.4822, 0.4465),
+                    std=(0.2023, 0.1994, 0.2010), **{**LISTS, "val": "none"}),
+    "cifar100": dict(kind="cifar", root="data/cifar100", pixels=32, resize=32, mean=(0.5071, 0.4865, 0.4409),
+                     std=(0.2673, 0.2564, 0.2762), **{**LISTS, "val": "none"}),
+    "folder": dict(PHOTOS, **LISTS),  # any folder of class folders
 }
 
 
@@ -126,6 +137,8 @@ class ImageList(Dataset):
 
 
 AUGMENTATIONS = {  # name -> steps for PIL images
+    "cifar": lambda pixels: [T.Resize(pixels), T.CenterCrop(pixels), T.RandomCrop(pixels, padding=4),
+                             T.RandomHorizontalFlip()],
     "sup": lambda pixels: [T.RandomResizedCrop(pixels), T.RandomHorizontalFlip()],  # scale 0.08-1
     "lt": lambda pixels: [T.RandomResizedCrop(pixels), T.RandomHorizontalFlip(), T.ColorJitter(0.4, 0.4, 0.4, 0)],
     "moco": lambda pixels: [T.RandomResizedCrop(pixels, (0.2, 1)), T.RandomGrayscale(0.2),
@@ -167,6 +180,7 @@ class Draws(Sampler):
         class        1 / C
         sqrt         sqrt(n_c) / sum sqrt(n)
         progressive  (1 - t) n_c / N + t / C
+        reversed     (1 / n_c) / sum 1 / n: BBN's second branch (Zhou et al. 2020, sec. 4.2)
     All but `instance` draw with replacement, uniformly inside the class. Every rank computes the same epoch and takes
     each world-th draw, so no two ranks share one and one rank's global batch is that of eight. The last, short batch
     is left out: BatchNorm and the ranks see equal ones only.
@@ -183,7 +197,7 @@ class Draws(Sampler):
                              f"{ddp.world()}")
         if kind != "instance" and (self.counts == 0).any():
             empty = int((self.counts == 0).nonzero()[0])
-            raise InputError(f"class {empty} has no image in the training list, but --sampler {kind} draws from all "
+            raise InputError(f"class {empty} has no image in the training list, but {kind} sampling draws from all "
                              f"{len(self.counts)} classes; use --sampler instance or renumber the labels")
 
     def set_epoch(self, epoch):
@@ -194,7 +208,7 @@ class Draws(Sampler):
         n, t = self.counts.double(), max(self.epoch, 0) / self.epochs  # before 0 the queue is filled
         instance, balanced = n / n.sum(), torch.full_like(n, 1 / len(n))
         return {"instance": instance, "class": balanced, "sqrt": n.sqrt() / n.sqrt().sum(),
-                "progressive": (1 - t) * instance + t * balanced}[self.kind]
+                "progressive": (1 - t) * instance + t * balanced, "reversed": 1 / n / (1 / n).sum()}[self.kind]
 
     def __len__(self):
         return len(self.labels) // self.batch * (self.batch // ddp.world())

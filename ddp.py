@@ -62,6 +62,20 @@ def gather(x):
     return torch.cat(out)
 
 
+class GatherWithGradient(torch.autograd.Function):
+    """gather() for a loss that every rank computes in full, on all embeddings. A rank's backward reaches its own share
+    only; times world, since DDP takes the mean over ranks: together the whole gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mine = slice(rank() * len(x), (rank() + 1) * len(x))
+        return gather(x).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return world() * grad[ctx.mine]
+
+
 def run(main):
     """Call main() and leave the process group, whatever happens. Bad input ends with one sentence and exit code 1 (on
     several ranks torchrun adds its own report, and a rank that waits for the one that stopped may add its own)."""

@@ -2,7 +2,8 @@
 Stage 3: accuracy (all, many / medium / few) and balancedness of one or several classifiers, side by side.
 
     python evaluate.py runs/digits-lt-ce-seed0/head.pt runs/digits-lt-kcl-seed0/linear-lt/head.pt
-    python evaluate.py runs/digits-lt-ce-seed0/head.pt --tau-norm          # a row more: the CE head tau-normalised
+    python evaluate.py runs/digits-lt-ce-seed0/head.pt --tau-norm --ncm    # two rows more: the CE head tau-normalised,
+                                                                           # and nearest class means of its features
     torchrun --nproc_per_node=8 evaluate.py runs/imagenet-...-kcl-seed0-8ranks/linear-lt/head.pt
 
 Prints one table in percent, writes eval.json beside each head (accuracies as fractions in [0, 1]; null = empty group),
@@ -50,6 +51,16 @@ def group_accuracy(acc, counts):
 def tau_normalize(weight, tau):
     """w_c / ||w_c||^tau for the rows of weight (C, D): tau-norm of Kang et al. 2020, to be used without a bias."""
     return weight / weight.norm(dim=1, keepdim=True) ** tau
+
+
+def class_means(features, labels, C):
+    """Nearest class mean as a linear head: the unit means (C, D) of each class' unit features (n, D) over all ranks, to
+    be used without a bias. The largest logit is the largest cosine, since an image's own norm is the same for all
+    classes. Kang et al. 2020, sec. 4 (their NCM)."""
+    unit = torch.nn.functional.normalize(features)
+    total = torch.zeros(C, features.shape[1], device=features.device).index_add_(0, labels, unit)
+    dist.all_reduce(total)
+    return torch.nn.functional.normalize(total)
 
 
 @torch.no_grad()
@@ -216,6 +227,7 @@ def main():
     p.add_argument("--groups", help="training list whose class sizes make many / medium / few; default: in the head")
     p.add_argument("--sigma", type=float, default=0.1, help="of the balancedness; the paper does not give its value")
     p.add_argument("--tau-norm", action="store_true", help="also the joint CE heads tau-normalised; tau: by --val")
+    p.add_argument("--ncm", action="store_true", help="also nearest class mean on each backbone, by its training list")
     p.add_argument("--val", help="validation list for --tau-norm")
     p.add_argument("--batch", type=int, default=256)
     p.add_argument("--workers", type=int, default=2)
@@ -243,7 +255,7 @@ def main():
                                  f"must hold all {C} classes of {path}")
         tests.append(images)
 
-    rows = []
+    rows, with_ncm = [], set()
     for head, path, images in zip(heads, args.heads, tests):
         backbone = load_backbone(Path(path).parent / head["backbone"], head["arch"])
         backbone = backbone.to(device, memory_format=torch.channels_last).eval()
@@ -256,6 +268,11 @@ def main():
             tau = TAUS[int(np.argmax(on_val))]
             results.append(("eval_tau_norm.json", f"tau-norm of {head['protocol']}",
                             f"tau {tau:g} chosen on {images[1].name}", features @ tau_normalize(W, tau).T))
+        if args.ncm and head["backbone_sha256"] not in with_ncm:  # once a backbone, however many heads it has
+            with_ncm.add(head["backbone_sha256"])
+            train = data.ImageList(head["data"], head["counts_of"], data.center(head["pixels"], head["resize"]))
+            means = class_means(*extract(backbone, train, head, device, args.batch, args.workers), len(W))
+            results.append(("eval_ncm.json", f"NCM on {head['counts_of']}", "", features @ means.T))
         for file, protocol, chosen, logits in results:
             row = {"run": head["name"], "protocol": protocol, "chosen": chosen,
                    **scores(hits(logits, labels), head["counts"], args.sigma), "list": images[0].name,

@@ -20,6 +20,15 @@ import torch.nn.functional as F
 import ddp
 
 
+def with_head(encoder, dim, mlp=False):
+    """An encoder that ends in the projection to (B, dim): linear, or MoCo v2's two layers (its last must be `fc`)."""
+    e = encoder(num_classes=dim)
+    if mlp:
+        D = e.fc.in_features
+        e.fc = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, dim))
+    return e
+
+
 class MoCo(nn.Module):
     """encoder: a torchvision-style constructor, encoder(num_classes=dim); for mlp its last layer must be `fc`
     dim: d, the embedding; K: slots in the queue, any number; m: momentum of the key encoder
@@ -29,11 +38,7 @@ class MoCo(nn.Module):
     def __init__(self, encoder, dim=128, K=65536, m=0.999, mlp=False, seed=0):
         super().__init__()
         self.K, self.m = K, m
-        self.encoder_q, self.encoder_k = encoder(num_classes=dim), encoder(num_classes=dim)
-        if mlp:
-            for e in (self.encoder_q, self.encoder_k):
-                D = e.fc.in_features
-                e.fc = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, dim))
+        self.encoder_q, self.encoder_k = with_head(encoder, dim, mlp), with_head(encoder, dim, mlp)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(K, dim)))                # (K, d)

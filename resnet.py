@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
+from baselines import branch
 from ddp import InputError
 
 
@@ -82,6 +83,8 @@ def load_backbone(path, arch):
                          "train_rep.py writes, or a file of torchvision's") from None
     encoder = ARCHS[arch]()
     encoder.fc = nn.Identity()
+    if any(".rebalanced." in name for name in state):  # of BBN: features (B, 2 D)
+        branch(encoder)
     own = encoder.state_dict()
     for name in own:  # old files lack BatchNorm's step counter, which nothing here reads
         if name.endswith("num_batches_tracked"):

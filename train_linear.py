@@ -7,8 +7,10 @@ Stage 2: train a linear classifier on the frozen features of a backbone.
 
 lt:  the long-tailed list that the backbone was trained on, with class-balanced sampling; on a CE backbone this is cRT.
 rep: the full, balanced training list, every image once an epoch.
+--classifier lws learns one scale a class for the joint head beside the backbone, in place of a new classifier: Kang et
+al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, sec. 4.3.
 Without --lr the learning rates of LR_GRID are trained side by side on one stream of features, and the validation list
-chooses; the test list is not touched. Writes head.pt and log.jsonl to <folder of the backbone>/linear-<protocol>;
+chooses; the test list is not touched. Writes head.pt and log.jsonl to <folder of the backbone>/<classifier>-<protocol>;
 what comes next: evaluate.py.
 """
 import argparse
@@ -31,14 +33,17 @@ from resnet import ARCHS, load_backbone
 
 LR_GRID = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
 
-# The paper's second stage (sec. 3.1) by kind of backbone; the digits' is one for all kinds, so that none is favoured
+# The paper's second stage (sec. 3.1) by kind of data set and backbone (trained on logits, or contrastive); the digits' is
+# one for both, so that none is favoured. lr where the data set has no validation list that could choose.
 SETTINGS = {
-    "imagenet": {"ce": dict(epochs=10, schedule="cosine", weight_decay=5e-4, batch=256, aug="sup",
-                        workers=min(8, os.cpu_count())),
-                 "contrastive": dict(epochs=100, schedule="step", weight_decay=0.0, batch=256, aug="sup",
-                        workers=min(8, os.cpu_count()))},
-    "digits": {kind: dict(epochs=15, schedule="cosine", weight_decay=0.0, batch=64, aug="affine", workers=0)
-               for kind in ("ce", "contrastive")},
+    "photos": {"logits": dict(epochs=10, schedule="cosine", weight_decay=5e-4, batch=256, aug="sup", lr=0.1,
+                              workers=min(8, os.cpu_count())),
+               "contrastive": dict(epochs=100, schedule="step", weight_decay=0.0, batch=256, aug="sup", lr=30.0,
+                                   workers=min(8, os.cpu_count()))},
+    "cifar": {kind: dict(epochs=30, schedule="cosine", weight_decay=0.0, batch=128, aug="cifar", lr=lr,
+                         workers=min(8, os.cpu_count())) for kind, lr in (("logits", 0.1), ("contrastive", 30.0))},
+    "digits": {kind: dict(epochs=15, schedule="cosine", weight_decay=0.0, batch=64, aug="affine", lr=lr, workers=0)
+               for kind, lr in (("logits", 0.1), ("contrastive", 1.0))},
 }
 
 
@@ -46,6 +51,7 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("backbone", help="backbone.pt of train_rep.py, or any state_dict in torchvision's names")
     p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="which list and sampler: see above")
+    p.add_argument("--classifier", choices=("linear", "lws"), default="linear", help="see above")
     # what the log beside the backbone knows; needed for a backbone from elsewhere
     p.add_argument("--arch", choices=tuple(ARCHS))
     p.add_argument("--dataset", choices=tuple(data.DATASETS))
@@ -54,16 +60,17 @@ def parse_args():
     p.add_argument("--list", help="training list of the classifier; default by --protocol")
     p.add_argument("--val", help="validation list, which chooses the learning rate")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), help="default by --protocol")
-    p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="sup, digits affine")
+    p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="sup, CIFAR cifar, digits affine")
     p.add_argument("--workers", type=int, help="data workers of each rank")
     # optimisation
-    p.add_argument("--lr", type=float, nargs="+", help=f"one, or several for --val to choose from; default {LR_GRID}")
-    p.add_argument("--epochs", type=int, help="100, for CE and unknown backbones 10; digits 15")
+    p.add_argument("--lr", type=float, nargs="+", help=f"one, or several for --val to choose from; default {LR_GRID}; "
+                   "without a --val 0.1, contrastive 30")
+    p.add_argument("--epochs", type=int, help="100, for unknown backbones and those of losses on logits 10; CIFAR 30; digits 15")
     p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
-    p.add_argument("--weight-decay", type=float, help="0, for CE and unknown backbones 5e-4; digits 0")
-    p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, digits 64")
+    p.add_argument("--weight-decay", type=float, help="0, for unknown backbones and those of losses on logits 5e-4; CIFAR, digits 0")
+    p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", help="default: <folder of the backbone>/linear-<protocol>")
+    p.add_argument("--out", help="default: <folder of the backbone>/<classifier>-<protocol>")
     args = p.parse_args()
 
     if not Path(args.backbone).is_file():
@@ -89,30 +96,62 @@ def parse_args():
     args.list = args.list or (spec["full"] if args.protocol == "rep" else args.rep_list or spec["train"])
     args.val = args.val or spec["val"]
     args.sampler = args.sampler or ("instance" if args.protocol == "rep" else "class")
-    args.lr = args.lr or list(LR_GRID)
-    for name, value in SETTINGS[args.dataset]["ce" if run.get("loss", "ce") == "ce" else "contrastive"].items():
+    if args.list == "none":
+        raise InputError(f"--dataset {args.dataset} has no balanced training list for --protocol rep; name one with --list")
+    if args.lr is None and args.val != "none":
+        args.lr = list(LR_GRID)
+    contrastive = run.get("loss") in ("cl", "kcl", "fcl", "supcon", "tsc")
+    for name, value in SETTINGS[spec["kind"]]["contrastive" if contrastive else "logits"].items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, [value] if name == "lr" else value)
     if min(*args.lr, args.epochs, args.batch) <= 0 or min(args.workers, args.weight_decay) < 0:
         raise InputError("--lr, --epochs and --batch must be above 0, --workers and --weight-decay 0 or more")
     if len(args.lr) > 1 and args.val == "none":
         raise InputError("without a validation list nothing can choose among several learning rates; give one --lr")
-    args.out = Path(args.out or Path(args.backbone).parent / f"linear-{args.protocol}")
+    args.out = Path(args.out or Path(args.backbone).parent / f"{args.classifier}-{args.protocol}")
+    if args.classifier == "lws" and not Path(args.backbone).with_name("head.pt").is_file():
+        raise InputError(f"--classifier lws scales the joint head beside {args.backbone}, but there is no head.pt; "
+                         "expected a run of train_rep.py --loss ce")
     return args
 
 
-class Heads(nn.ModuleList):
-    """M linear classifiers on the same features: (B, D) -> [(B, C)] * M. Each trains as it would alone."""
+class ScaledHead(nn.Module):
+    """LWS: a fixed joint head, weight (C, D) and bias (C,), times one learned scale a class (C,) that starts at 1. The
+    bias is scaled too, as in the authors' code."""
 
-    def __init__(self, M, D, C):
-        weight = torch.randn(C, D) * 0.01  # fc ~ N(0, 0.01) as MoCo's linear protocol; the same start for all
-        super().__init__(nn.Linear(D, C) for _ in range(M))
-        for head in self:
-            nn.init.zeros_(head.bias)
-            head.weight.data.copy_(weight)
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.register_buffer("joint_weight", weight)
+        self.register_buffer("joint_bias", bias)
+        self.scale = nn.Parameter(torch.ones(len(bias)))
+
+    @property
+    def weight(self):
+        return self.joint_weight * self.scale[:, None]
+
+    @property
+    def bias(self):
+        return self.joint_bias * self.scale
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Heads(nn.ModuleList):
+    """M classifiers on the same features: (B, D) -> [(B, C)] * M. Each trains as it would alone."""
 
     def forward(self, x):
         return [head(x) for head in self]
+
+
+def linear_heads(M, D, C):
+    """M linear classifiers with one start for all: weights ~ N(0, 0.01), as MoCo's linear protocol, biases 0."""
+    weight = torch.randn(C, D) * 0.01
+    heads = Heads(nn.Linear(D, C) for _ in range(M))
+    for head in heads:
+        nn.init.zeros_(head.bias)
+        head.weight.data.copy_(weight)
+    return heads
 
 
 def learning_rate(base, schedule, t):
@@ -131,6 +170,10 @@ def main():
     loader = data.train_loader(dataset, draws, args.workers)
     counts = data.class_counts(dataset.labels)
     C, counts_of = len(counts), args.list
+    if args.classifier == "lws":
+        joint = torch.load(Path(args.backbone).with_name("head.pt"), map_location="cpu", weights_only=True)
+        if len(joint["weight"]) != C:
+            raise InputError(f"the head.pt beside {args.backbone} has {len(joint['weight'])} classes, {args.list} {C}")
     if args.rep_list and args.rep_list != args.list:
         rep_counts = data.class_counts(data.read_list(args.data, args.rep_list)[1])
         if len(rep_counts) == C:  # else the classifier is for other classes than the backbone's
@@ -147,10 +190,16 @@ def main():
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
     image = torch.zeros(1, 3, spec["pixels"], spec["pixels"], device=device)
     torch.manual_seed(args.seed)
-    heads = Heads(len(args.lr), backbone(image).shape[1], C).to(device)
+    if args.classifier == "lws":
+        heads = Heads(ScaledHead(joint["weight"], joint["bias"]) for _ in args.lr).to(device)
+    else:
+        heads = linear_heads(len(args.lr), backbone(image).shape[1], C).to(device)
     net = ddp.wrap(heads)
     optimizer = torch.optim.SGD([{"params": head.parameters()} for head in heads], momentum=0.9, lr=0.0,
                                 weight_decay=args.weight_decay, fused=True)
+
+    def to_input(view):
+        return data.normalize(view, spec["mean"], spec["std"], device)
 
     # train
     if ddp.rank() == 0:
@@ -169,7 +218,7 @@ def main():
             group["lr"] = learning_rate(lr, args.schedule, epoch / args.epochs)
         for (view,), labels, _ in loader:
             with torch.no_grad():
-                features = backbone(data.normalize(view, spec["mean"], spec["std"], device))     # (b, D)
+                features = backbone(to_input(view))                       # (b, D)
             labels = labels.to(device)
             losses = torch.stack([F.cross_entropy(logits, labels) for logits in net(features)])  # (M,)
             optimizer.zero_grad()
@@ -187,7 +236,7 @@ def main():
         correct = torch.zeros(len(heads), device=device)
         with torch.no_grad():
             for (view,), labels, _ in data.eval_loader(val, args.batch, args.workers):
-                features = backbone(data.normalize(view, spec["mean"], spec["std"], device))
+                features = backbone(to_input(view))
                 correct += torch.stack([(logits.argmax(1) == labels.to(device)).sum() for logits in heads(features)])
         torch.distributed.all_reduce(correct)
         top1 = (correct / len(val)).tolist()
@@ -210,7 +259,7 @@ def main():
                 "counts": counts.tolist(), "counts_of": counts_of,
                 "list_sha256": data.sha256(data.find_list(args.data, counts_of)),
                 "name": Path(args.backbone).resolve().parent.name,
-                "protocol": f"{args.protocol}: linear on {args.list}, {args.sampler} sampling, {args.epochs} epochs",
+                "protocol": f"{args.protocol}: {args.classifier} on {args.list}, {args.sampler} sampling, {args.epochs} epochs",
                 "chosen": f"lr {args.lr[best]:g} {lr_from}", "val_top1": val_top1,
                 **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}
         torch.save(head, args.out / "head.pt")

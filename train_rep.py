@@ -1,15 +1,17 @@
 """
-Stage 1: train a representation with CE, CL (MoCo), KCL or FCL.
+Stage 1: train a representation with KCL, or with what it is compared with: CE, CL (MoCo), FCL, and baselines.py.
 
     python train_rep.py --loss kcl                                  # embedded digits, CPU or one GPU, about 2 minutes
     torchrun --nproc_per_node=2 train_rep.py --loss kcl             # the same on two processes
     torchrun --nproc_per_node=8 train_rep.py --loss kcl --data /path/to/imagenet --list ImageNet_LT_train.txt
 
-Writes to --out: backbone.pt (a plain state_dict in torchvision's names, no fc), for CE also head.pt, which evaluate.py
-reads, ckpt.pt (everything to resume: the same command goes on where it stopped) and log.jsonl (first line: command,
+Writes to --out: backbone.pt (a plain state_dict in torchvision's names, no fc), for losses on logits (CE, Focal, LDAM,
+BBN) also head.pt, which evaluate.py reads, ckpt.pt (everything to resume: the same command goes on where it stopped) and log.jsonl (first line: command,
 settings, versions; then a line every --log-every steps). What comes next: train_linear.py.
 """
 import argparse
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -24,65 +26,76 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
+import baselines
 import data
 import ddp
 import make_lt
 from ddp import InputError
 from kcl import kcl_loss
-from moco import MoCo
-from resnet import ARCHS
+from moco import MoCo, with_head
+from resnet import ARCHS, load_backbone
 
-# The hyper-parameters by data set and loss: the paper's Table 7 for ImageNet (batch 256 = 8 GPUs x 32, BatchNorm sees
-# 32 images), and the same scaled down for the digits. A flag on the command line wins.
+SUPERVISED = {"ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDAM", "bbn": "BBN"}  # losses on logits
+CONTRASTIVE = ("cl", "kcl", "fcl", "supcon", "tsc")                                              # on embeddings
+
+# The hyper-parameters by kind of data set and loss: the paper's Table 7 for photographs (batch 256 = 8 GPUs x 32,
+# BatchNorm sees 32 images), Cao et al. 2019 for CIFAR-LT, and scaled down for the digits. A flag on the command line wins.
 SETTINGS = {
-    "imagenet": dict(arch="resnet50", batch=256, queue=65536, m=0.999, weight_decay=5e-4, save_every=1,
-                     workers=min(8, os.cpu_count())),
+    "photos": dict(arch="resnet50", batch=256, queue=65536, m=0.999, weight_decay=5e-4, save_every=1,
+                   workers=min(8, os.cpu_count())),
+    "cifar": dict(arch="resnet32", batch=128, queue=4096, m=0.99, weight_decay=2e-4, save_every=5,
+                  workers=min(8, os.cpu_count())),
     "digits": dict(arch="resnet8", batch=64, queue=512, m=0.99, weight_decay=5e-4, workers=0, save_every=5),
 }
-BY_LOSS = {
-    "imagenet": {"ce": dict(lr=0.1, schedule="cosine", epochs=90, aug="sup"),
-                 "cl": dict(lr=0.03, schedule="step", epochs=200, aug="moco"),
-                 "kcl": dict(lr=0.1, schedule="cosine", epochs=200, aug="sup")},
-    "digits": {"ce": dict(lr=0.1, schedule="cosine", epochs=120, aug="affine"),
-               "cl": dict(lr=0.03, schedule="cosine", epochs=120, aug="affine"),
-               "kcl": dict(lr=0.1, schedule="cosine", epochs=120, aug="affine")},
+BY_LOSS = {  # "": all others
+    "photos": {"supervised": dict(lr=0.1, schedule="cosine", epochs=90, aug="sup"),
+               "cl": dict(lr=0.03, schedule="step", epochs=200, aug="moco"),
+               "": dict(lr=0.1, schedule="cosine", epochs=200, aug="sup")},
+    "cifar": {"cl": dict(lr=0.03, schedule="cosine", epochs=200, aug="moco"),
+              "": dict(lr=0.1, schedule="cosine", epochs=200, aug="cifar")},
+    "digits": {"cl": dict(lr=0.03, schedule="cosine", epochs=120, aug="affine"),
+               "": dict(lr=0.1, schedule="cosine", epochs=120, aug="affine")},
 }
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # method
-    p.add_argument("--loss", choices=("ce", "cl", "kcl", "fcl"), default="kcl")
-    p.add_argument("--num-positives", type=int, help="k of KCL; default 6, the paper's choice on ImageNet-LT's val")
+    p.add_argument("--loss", choices=(*SUPERVISED, *CONTRASTIVE), default="kcl",
+                   help="fcl: all same-class keys of the queue; supcon: FCL inside the batch, as Khosla et al.")
+    p.add_argument("--num-positives", type=int, help="k of KCL, TSC; default 6, the paper's choice on ImageNet-LT's val")
     p.add_argument("--temperature", type=float, default=0.07, help="T of the contrastive softmax")
     p.add_argument("--fixed-divisor", action="store_true", help="KCL: divide by k + 1 also where fewer are found")
     p.add_argument("--drop-unused", action="store_true", help="KCL: keys of the class not drawn leave the denominator")
-    p.add_argument("--queue", type=int, help="K, keys in the queue: 65536, digits 512")
-    p.add_argument("--m", type=float, help="momentum of the key encoder: 0.999, digits 0.99 (13 steps an epoch)")
+    p.add_argument("--queue", type=int, help="K, keys in the queue: 65536, CIFAR 4096, digits 512")
+    p.add_argument("--m", type=float, help="momentum of the key encoder: 0.999; CIFAR, digits 0.99 (few steps an epoch)")
     p.add_argument("--dim", type=int, default=128, help="d, size of the embedding")
     p.add_argument("--mlp", action="store_true", help="MoCo v2's two-layer head in place of the linear one")
     p.add_argument("--no-fill", action="store_true", help="start from a random queue without labels, as MoCo")
+    p.add_argument("--drw", action="store_true", help="CE, LDAM: re-weight classes in the last 20 %% of the epochs")
+    p.add_argument("--init", help="backbone.pt to start from: with --loss ce on a CL backbone this is SSP")
     # data
     p.add_argument("--dataset", choices=tuple(data.DATASETS),
-                   help="default: imagenet where --data is given, unless it is a folder of digits")
+                   help="default: imagenet where --data is given, unless it is a folder of digits; its layout and "
+                   "lists: make_lt.py -h")
     p.add_argument("--data", help="the folder that the list's paths start from")
     p.add_argument("--list", help="training list, `path label` a line; looked up as given, then in --data")
     p.add_argument("--val", help="validation list: no image of it may be in --list; `none` if there is none")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), default="instance")
-    p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="by loss: sup, cl moco; digits affine")
+    p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="sup, cl moco; CIFAR cifar; digits affine")
     p.add_argument("--workers", type=int, help="data workers of each rank")
     # optimisation
-    p.add_argument("--arch", choices=tuple(ARCHS), help="resnet50, digits resnet8")
-    p.add_argument("--epochs", type=int, help="by loss: ce 90, others 200; digits 120")
-    p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, digits 64")
+    p.add_argument("--arch", choices=tuple(ARCHS), help="resnet50, CIFAR resnet32, digits resnet8")
+    p.add_argument("--epochs", type=int, help="losses on logits 90, others 200; CIFAR 200; digits 120")
+    p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
     p.add_argument("--lr", type=float, help="for the whole --batch, not rescaled: 0.1, cl 0.03")
     p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
-    p.add_argument("--weight-decay", type=float, help="5e-4 (ImageNet-LT); the paper takes 1e-4 on full ImageNet")
+    p.add_argument("--weight-decay", type=float, help="5e-4 (the paper takes 1e-4 on full ImageNet), CIFAR 2e-4")
     p.add_argument("--seed", type=int, default=0)
     # the run
-    p.add_argument("--out", help="default: runs/<folder of --data>-<list>-<loss>-seed<n>[-<n>ranks]")
+    p.add_argument("--out", help="default: runs/<folder of --data>-<list>-<loss>[-drw][-init][-<sampler>]-seed<n>[-<n>ranks]")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; only then is the loss read")
-    p.add_argument("--save-every", type=int, help="epochs between checkpoints: 1, digits 5")
+    p.add_argument("--save-every", type=int, help="epochs between checkpoints: 1; CIFAR, digits 5")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds")
     args = p.parse_args()
 
@@ -94,25 +107,35 @@ def parse_args():
         raise InputError(f"--dataset {args.dataset} needs --data, the folder that the list's paths start from")
     args.data = str(Path(args.data))  # without a last slash
     args.list, args.val = args.list or spec["train"], args.val or spec["val"]
-    if args.loss == "kcl" and args.num_positives is None:
+    if args.loss in ("kcl", "tsc") and args.num_positives is None:
         args.num_positives = 6
-    by_loss = BY_LOSS[args.dataset]
-    for name, value in {**SETTINGS[args.dataset], **by_loss.get(args.loss, by_loss["kcl"])}.items():
+    by_loss = BY_LOSS[spec["kind"]]
+    by_loss = by_loss.get("supervised" if args.loss in SUPERVISED else args.loss, by_loss[""])
+    for name, value in {**SETTINGS[spec["kind"]], **by_loss}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("temperature", "queue", "dim", "epochs", "batch", "lr", "log_every", "save_every"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
-    if args.num_positives is not None and (args.loss != "kcl" or args.num_positives < 0):
-        raise InputError("--num-positives, 0 or more, goes with --loss kcl; cl takes none, fcl all")
+    if args.num_positives is not None and (args.loss not in ("kcl", "tsc") or args.num_positives < 0):
+        raise InputError("--num-positives, 0 or more, goes with --loss kcl and tsc; cl takes none, fcl all")
+    if args.drw and args.loss not in ("ce", "ldam"):
+        raise InputError("--drw goes with --loss ce and ldam")
+    if args.init and args.loss == "bbn":
+        raise InputError("--init does not go with --loss bbn, whose backbone has two branches")
+    if args.init and not Path(args.init).is_file():
+        raise InputError(f"--init {args.init}: no such file; expected a backbone.pt, which train_rep.py writes")
+    if args.loss == "tsc" and importlib.util.find_spec("scipy") is None:
+        raise InputError("--loss tsc assigns its targets with scipy: pip install scipy")
     if (args.fixed_divisor or args.drop_unused) and args.loss != "kcl":
         raise InputError("--fixed-divisor and --drop-unused go with --loss kcl")
     if args.workers < 0 or args.weight_decay < 0:
         raise InputError("--workers and --weight-decay must be 0 or more")
-    sampler = "" if args.sampler == "instance" else f"-{args.sampler}"
-    list_name = Path(args.list).stem.removeprefix("train_")
+    how = args.loss + "-drw" * args.drw + "-init" * bool(args.init)
+    how += "" if args.sampler == "instance" else f"-{args.sampler}"
+    list_name = Path(args.list).with_suffix("").as_posix().strip("/").replace("/", "-").replace("train_", "")
     ranks = "" if ddp.world() == 1 else f"-{ddp.world()}ranks"  # BatchNorm sees other batches: another run
-    args.out = Path(args.out or f"runs/{Path(args.data).name}-{list_name}-{args.loss}{sampler}-seed{args.seed}{ranks}")
+    args.out = Path(args.out or f"runs/{Path(args.data).name}-{list_name}-{how}-seed{args.seed}{ranks}")
     return args
 
 
@@ -129,7 +152,8 @@ def header(args):
     except (OSError, subprocess.CalledProcessError):
         git = None  # no git, or a copy without its history
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    settings |= {"world": ddp.world(), "list_sha256": data.sha256(data.find_list(args.data, args.list))}
+    settings |= {"world": ddp.world(), "list_sha256": data.sha256(data.find_list(args.data, args.list)),
+                 "init_sha256": data.sha256(args.init) if args.init else None}
     return {"command": " ".join(["train_rep.py", *sys.argv[1:]]), "settings": settings,
             "torch": torch.__version__, "torchvision": torchvision.__version__, "python": sys.version.split()[0],
             "git": git, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -153,25 +177,50 @@ def main():
             make_lt.make_digits(args.data)
         torch.distributed.barrier()
     dataset = data.ImageList(args.data, args.list, data.augmentation(args.aug, spec["pixels"]),
-                             num_views=1 if args.loss == "ce" else 2)
+                             num_views=2 if args.loss in CONTRASTIVE else 1)
     if args.val != "none":
         data.refuse_overlap(args.data, args.list, args.val)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     loader = data.train_loader(dataset, draws, args.workers)
     counts = data.class_counts(dataset.labels)
+    C = len(counts)
+    if args.loss == "bbn":  # a second stream, for its second branch
+        reversed_draws = data.Draws(dataset.labels, "reversed", args.batch, args.epochs, args.seed + 1)
+        reversed_loader = data.train_loader(dataset, reversed_draws, args.workers)
 
     # model
     torch.manual_seed(args.seed)  # the same on all ranks: the same weights and the same random queue
     encoder = ARCHS[args.arch]
-    if args.loss == "ce":
-        model = encoder(num_classes=len(counts))
-    else:
+    queued = args.loss in CONTRASTIVE and args.loss != "supcon"  # with a key encoder and a queue
+    if queued:
         model = MoCo(encoder, args.dim, args.queue, args.m, args.mlp, args.seed)
+    elif args.loss == "supcon":
+        model = with_head(encoder, args.dim, args.mlp)
+    elif args.loss == "bbn":
+        model = baselines.BBN(encoder, C)
+    else:
+        model = encoder(num_classes=C)
+    if args.loss == "ldam":
+        model.fc = baselines.NormedLinear(model.fc.in_features, C)
+    if args.loss in ("focal", "cb-focal"):
+        nn.init.constant_(model.fc.bias, -math.log(C - 1))  # sigmoids start at 1 / C
+    if args.loss == "tsc":
+        model.targets = baselines.Targets(C, args.dim, device)
+    if args.init:
+        state = load_backbone(args.init, args.arch).state_dict()
+        for e in (model.encoder_q, model.encoder_k) if queued else (model,):
+            e.load_state_dict(state, strict=False)  # all but the fc, which load_backbone has made sure of
     model = model.to(device, memory_format=torch.channels_last)
-    backbone = model if args.loss == "ce" else model.encoder_q
-    net = ddp.wrap(backbone)
+    net = ddp.wrap(model.encoder_q if queued else model)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    num_positives = {"cl": 0, "kcl": args.num_positives, "fcl": None}.get(args.loss)
+
+    # loss
+    num_positives = {"cl": 0, "fcl": None}.get(args.loss, args.num_positives)
+    if args.loss == "ldam":
+        margins = baselines.ldam_margins(counts).to(device)
+    focal = {"focal": {}, "cb-focal": {"gamma": 0.5, "weight":  # Cui et al.'s choice on iNaturalist and ImageNet
+             baselines.effective_number_weights(counts, 0.999).to(device)}}.get(args.loss)
+    match_every = max(1, C // 100)  # steps; the Hungarian method takes 0.1 s for 1000 classes and hardly changes its mind
 
     def to_input(view):
         return data.normalize(view, spec["mean"], spec["std"], device)
@@ -198,7 +247,7 @@ def main():
             ddp.print0(f"{args.out} is finished already; --restart trains it again")
             return
         ddp.print0(f"{args.out}: going on after epoch {first_epoch} of {args.epochs}")
-    elif args.loss != "ce" and not args.no_fill:
+    elif queued and not args.no_fill:
         def batches():
             for epoch in range(-1, -args.queue - 1, -1):  # epochs before the first; more than one if K > the data set
                 draws.set_epoch(epoch)
@@ -223,21 +272,49 @@ def main():
     net.train()
     for epoch in range(first_epoch, args.epochs):
         draws.set_epoch(epoch)
+        reversed_batches = itertools.repeat(None)
+        if args.loss == "bbn":
+            reversed_draws.set_epoch(epoch)
+            reversed_batches = reversed_loader
+            alpha = baselines.bbn_alpha(epoch, args.epochs)
+        class_weight = baselines.drw_weights(counts, epoch, args.epochs) if args.drw else None
+        class_weight = class_weight if class_weight is None else class_weight.to(device)
         # each epoch seeds itself, another stream a rank: a resumed run draws what an undisturbed one does
         torch.manual_seed((args.seed * 1_000_003 + epoch) * 1_009 + ddp.rank())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.lr, args.schedule, epoch / args.epochs)
         total, since = torch.zeros((), device=device), time.time()
-        for step, (views, labels, _) in enumerate(loader, 1):
+        for step, ((views, labels, _), reversed_batch) in enumerate(zip(loader, reversed_batches), 1):
             labels = labels.to(device, non_blocking=True)
+            x = to_input(views[0])                                        # (b, 3, H, W)
             if args.loss == "ce":
-                loss = F.cross_entropy(net(to_input(views[0])), labels)
+                loss = F.cross_entropy(net(x), labels, weight=class_weight)
+            elif args.loss == "ldam":
+                loss = baselines.ldam_loss(net(x), labels, margins, weight=class_weight)
+            elif args.loss in ("focal", "cb-focal"):
+                loss = baselines.focal_loss(net(x), labels, **focal)
+            elif args.loss == "bbn":
+                (reversed_view,), reversed_labels, _ = reversed_batch
+                logits = net(x, to_input(reversed_view), alpha)           # (b, C)
+                loss = baselines.bbn_loss(logits, labels, reversed_labels.to(device), alpha)
+            elif args.loss == "supcon":
+                z = F.normalize(net(torch.cat([x, to_input(views[1])])))  # (2 b, d), BatchNorm sees both views
+                loss = baselines.supcon_loss(ddp.GatherWithGradient.apply(z), ddp.gather(labels.repeat(2)),
+                                             args.temperature)
             else:
                 model.update_key_encoder()
-                q = F.normalize(net(to_input(views[0])))                  # (b, d)
+                q = F.normalize(net(x))                                   # (b, d)
                 k = model.keys(to_input(views[1]))                        # (b, d)
-                loss = kcl_loss(q, k, model.queue, labels, model.queue_labels, num_positives, args.temperature,
-                                args.fixed_divisor, args.drop_unused)
+                if args.loss == "tsc":
+                    model.targets.follow(ddp.gather(q.detach()), ddp.gather(labels))
+                if args.loss == "tsc" and epoch >= args.epochs // 2:  # before, KCL alone (their App. B: warm-up)
+                    if step % match_every == 0 or step == 1:
+                        model.targets.assign()
+                    loss = baselines.tsc_loss(q, k, model.queue, labels, model.queue_labels,
+                                              model.targets.of_classes(), args.num_positives, args.temperature)
+                else:
+                    loss = kcl_loss(q, k, model.queue, labels, model.queue_labels, num_positives, args.temperature,
+                                    args.fixed_divisor, args.drop_unused)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -250,7 +327,7 @@ def main():
                 if not math.isfinite(line["loss"]):
                     raise InputError(f"the loss is {line['loss']} at step {line['step']} with learning rate "
                                      f"{line['lr']:.3g}; {args.out} keeps its last checkpoint; try a smaller --lr")
-                if args.loss != "ce":
+                if queued:
                     real = model.queue_labels[model.queue_labels >= 0]
                     line |= {"queue_filled": len(real) / args.queue, "queue_classes": len(real.unique()),
                              "positives_in_queue": (labels[:, None] == real).sum(1).float().mean().item()}
@@ -258,7 +335,7 @@ def main():
                     log.write(json.dumps(line) + "\n")
                     bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
                 total, since = torch.zeros_like(total), time.time()
-            if args.loss != "ce":
+            if queued:
                 model.enqueue(k, labels)
             bar.update()
         if ddp.rank() == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
@@ -268,15 +345,20 @@ def main():
 
     # hand on
     if ddp.rank() == 0:
-        state = {name: x.cpu().contiguous() for name, x in backbone.state_dict().items()}
-        save({name: x for name, x in state.items() if not name.startswith("fc.")}, args.out / "backbone.pt")
-        if args.loss == "ce":
-            save({"weight": state["fc.weight"], "bias": state["fc.bias"], "backbone": "backbone.pt",
+        backbone = model.encoder_q if queued else model.encoder if args.loss == "bbn" else model
+        save({name: x.cpu().contiguous() for name, x in backbone.state_dict().items() if not name.startswith("fc.")},
+             args.out / "backbone.pt")
+        if args.loss in SUPERVISED:
+            W, b = model.fc.weight.detach().cpu(), getattr(model.fc, "bias", torch.zeros(C)).detach().cpu()
+            if args.loss == "ldam":  # the cosine's other norm, that of the image's features, moves no class past another
+                W = F.normalize(W)
+            how = SUPERVISED[args.loss] + "-DRW" * args.drw + " from another backbone" * bool(args.init)
+            save({"weight": W.contiguous(), "bias": b, "backbone": "backbone.pt",
                   "backbone_sha256": data.sha256(args.out / "backbone.pt"), "arch": args.arch,
                   "dataset": args.dataset, "data": args.data, "name": args.out.name,
                   "counts": counts.tolist(), "counts_of": args.list,
                   "list_sha256": head_line["settings"]["list_sha256"],
-                  "protocol": f"joint CE, {args.sampler} sampling",
+                  "protocol": f"joint {how}, {args.sampler} sampling",
                   **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}, args.out / "head.pt")
         print(f"backbone in {args.out / 'backbone.pt'}")
 

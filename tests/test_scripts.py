@@ -349,7 +349,7 @@ def test_empty_class_wrong_labels_and_other_architecture(script, digits, tmp_pat
             ((train_linear, backbone, "--arch", "resnet50"), "does not fit --arch resnet50"),
             ((evaluate, foreign), "not a head.pt"), ((evaluate, backbone), "not a head.pt"),
             ((train_linear, head, "--arch", "resnet8"), "head.pt: not a plain state_dict"),
-            ((train_linear, backbone, "--val", "none"), "give one --lr"),
+            ((train_linear, backbone, "--val", "none", "--lr", 1, 2), "give one --lr"),
             ((train_linear, foreign, "--arch", "resnet8", "--dataset", "digits", "--data", digits), "foreign.pt: not a plain state_dict"),
             ((train_rep, "--dataset", "digits", "--data", digits, "--batch", 5000), "fewer than one batch")):
         with pytest.raises(SystemExit) as error:

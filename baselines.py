@@ -52,12 +52,6 @@ def focal_loss(logits, labels, gamma=2.0, weight=None):
     return (loss.sum(1) * (1 if weight is None else weight[labels])).mean()
 
 
-def drw_weights(counts, epoch, epochs, beta=0.9999):
-    """Deferred re-weighting, Cao et al. 2019, sec. 3.3: None for the first 80 % of the epochs (their 160 of 200), then
-    the effective_number_weights (C,)."""
-    return effective_number_weights(counts, beta) if epoch >= 0.8 * epochs else None
-
-
 # ---- LDAM
 
 class NormedLinear(nn.Module):

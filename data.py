@@ -51,6 +51,12 @@ def find_list(root, name):
     return file
 
 
+def beside(root, list_name, name):
+    """The list `name` from the folder of list_name, where there is one: a class split has its own val and test lists."""
+    sibling = (Path(list_name).parent / name).as_posix()
+    return sibling if Path(sibling).is_file() or (Path(root) / sibling).is_file() else name
+
+
 def sha256(file):
     """Of a list's or a backbone's bytes: the same name in a folder that was made anew is another file."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -99,8 +99,8 @@ def load_head(path, root, groups_list):
     """A head.pt of train_rep.py or train_linear.py; root and the list of its class sizes replaced where given."""
     try:
         head = torch.load(path, map_location="cpu", weights_only=True)
-        keys = {"weight", "bias", "backbone", "backbone_sha256", "arch", "dataset", "data", "counts", "counts_of",
-                "list_sha256", "name", "protocol", "mean", "std", "pixels", "resize"}
+        keys = {"weight", "bias", "backbone", "backbone_sha256", "arch", "dataset", "data", "list", "counts",
+                "counts_of", "list_sha256", "name", "protocol", "mean", "std", "pixels", "resize"}
         if missing := keys - set(head):
             raise KeyError(missing)
     except Exception as error:  # torch.load raises half a dozen kinds on a file that is none of its own
@@ -203,6 +203,7 @@ def draw(rows, out):
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
     fig.savefig(out / "accuracy_by_class.png", dpi=150)
+    plt.close(fig)
 
     fig, axes = plt.subplots(1, 2, figsize=(8, 1.2 + 0.45 * len(groups)), layout="constrained")
     for ax, column, scale, title in ((axes[0], "balancedness", 1, f"balancedness (sigma = {rows[0]['sigma']:g})"),
@@ -215,6 +216,7 @@ def draw(rows, out):
         ax.set_yticks(range(len(groups)), names if ax is axes[0] else [""] * len(groups))
         ax.invert_yaxis()
     fig.savefig(out / "balancedness.png", dpi=150)
+    plt.close(fig)
     print(f"pictures: {out / 'accuracy_by_class.png'}, {out / 'balancedness.png'}")
 
 
@@ -223,7 +225,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("heads", nargs="+", help="head.pt files of train_linear.py, or of a CE run of train_rep.py")
     p.add_argument("--data", help="the folder that the lists' paths start from; default: where the head was trained")
-    p.add_argument("--list", help="list to evaluate on; default: the data set's test list")
+    p.add_argument("--list", help="list to evaluate on; default: the data set's test list, a class split's own")
     p.add_argument("--groups", help="training list whose class sizes make many / medium / few; default: in the head")
     p.add_argument("--sigma", type=float, default=0.1, help="of the balancedness; the paper does not give its value")
     p.add_argument("--tau-norm", action="store_true", help="also the joint CE heads tau-normalised; tau: by --val")
@@ -242,9 +244,9 @@ def main():
     tests = []
     for head, path in zip(heads, args.heads):
         spec = data.DATASETS[head["dataset"]]
-        lists = [args.list or spec["test"]]
+        lists = [args.list or data.beside(head["data"], head["list"], spec["test"])]
         if args.tau_norm and joint(head):
-            lists.append(args.val or spec["val"])
+            lists.append(args.val or data.beside(head["data"], head["list"], spec["val"]))
             data.refuse_overlap(head["data"], head["counts_of"], lists[1])
         images = [data.ImageList(head["data"], name, data.center(head["pixels"], head["resize"])) for name in lists]
         C = len(head["weight"])

@@ -93,8 +93,9 @@ def parse_args():
     if args.rep_list and data.sha256(data.find_list(args.data, args.rep_list)) != run["list_sha256"]:
         raise InputError(f"{args.rep_list} in {args.data} is not the list that {args.backbone} was trained on, but "
                          "another of that name; train the backbone again")
-    args.list = args.list or (spec["full"] if args.protocol == "rep" else args.rep_list or spec["train"])
-    args.val = args.val or spec["val"]
+    full = data.beside(args.data, args.rep_list or "", spec["full"])
+    args.list = args.list or (full if args.protocol == "rep" else args.rep_list or spec["train"])
+    args.val = args.val or data.beside(args.data, args.list, spec["val"])
     args.sampler = args.sampler or ("instance" if args.protocol == "rep" else "class")
     if args.list == "none":
         raise InputError(f"--dataset {args.dataset} has no balanced training list for --protocol rep; name one with --list")
@@ -176,7 +177,8 @@ def main():
             raise InputError(f"the head.pt beside {args.backbone} has {len(joint['weight'])} classes, {args.list} {C}")
     if args.rep_list and args.rep_list != args.list:
         rep_counts = data.class_counts(data.read_list(args.data, args.rep_list)[1])
-        if len(rep_counts) == C:  # else the classifier is for other classes than the backbone's
+        # else the classifier is for other classes than the backbone's: all of them, or the other half of a class split
+        if len(rep_counts) == C and Path(args.rep_list).parent == Path(args.list).parent:
             counts, counts_of = rep_counts, args.rep_list
     val = None
     if len(args.lr) > 1:
@@ -256,7 +258,7 @@ def main():
                 "backbone": os.path.relpath(args.backbone, args.out),
                 "backbone_sha256": data.sha256(args.backbone),
                 "arch": args.arch, "dataset": args.dataset, "data": args.data,
-                "counts": counts.tolist(), "counts_of": counts_of,
+                "list": args.list, "counts": counts.tolist(), "counts_of": counts_of,
                 "list_sha256": data.sha256(data.find_list(args.data, counts_of)),
                 "name": Path(args.backbone).resolve().parent.name,
                 "protocol": f"{args.protocol}: {args.classifier} on {args.list}, {args.sampler} sampling, {args.epochs} epochs",

@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,14 +77,15 @@ def parse_args():
     p.add_argument("--init", help="backbone.pt to start from: with --loss ce on a CL backbone this is SSP")
     # data
     p.add_argument("--dataset", choices=tuple(data.DATASETS),
-                   help="default: imagenet where --data is given, unless it is a folder of digits; its layout and "
-                   "lists: make_lt.py -h")
+                   help="default: what make_lt.py made of --data, else imagenet; without --data digits")
     p.add_argument("--data", help="the folder that the list's paths start from")
     p.add_argument("--list", help="training list, `path label` a line; looked up as given, then in --data")
-    p.add_argument("--val", help="validation list: no image of it may be in --list; `none` if there is none")
+    p.add_argument("--val", help="validation list, by default from the folder of --list: no image of it may be in --list; "
+                   "`none` if there is none")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), default="instance")
     p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="sup, cl moco; CIFAR cifar; digits affine")
     p.add_argument("--workers", type=int, help="data workers of each rank")
+    p.add_argument("--check", action="store_true", help="open every image of --list and --val before the first step")
     # optimisation
     p.add_argument("--arch", choices=tuple(ARCHS), help="resnet50, CIFAR resnet32, digits resnet8")
     p.add_argument("--epochs", type=int, help="losses on logits 90, others 200; CIFAR 200; digits 120")
@@ -99,14 +101,17 @@ def parse_args():
     p.add_argument("--restart", action="store_true", help="throw away what --out holds")
     args = p.parse_args()
 
-    digits = args.data is None or (Path(args.data) / data.DATASETS["digits"]["train"]).exists()  # as make_lt.py writes
-    args.dataset = args.dataset or ("digits" if digits else "imagenet")
+    if args.dataset is None:  # make_lt.py knows
+        made = Path(args.data or "") / "splits.json"
+        args.dataset = "digits" if args.data is None else "imagenet" if not made.is_file() else \
+            json.loads(made.read_text())["dataset"]
     spec = data.DATASETS[args.dataset]
     args.data = args.data or spec["root"]
     if args.data is None:
         raise InputError(f"--dataset {args.dataset} needs --data, the folder that the list's paths start from")
     args.data = str(Path(args.data))  # without a last slash
-    args.list, args.val = args.list or spec["train"], args.val or spec["val"]
+    args.list = args.list or spec["train"]
+    args.val = args.val or data.beside(args.data, args.list, spec["val"])
     if args.loss in ("kcl", "tsc") and args.num_positives is None:
         args.num_positives = 6
     by_loss = BY_LOSS[spec["kind"]]
@@ -180,6 +185,9 @@ def main():
                              num_views=2 if args.loss in CONTRASTIVE else 1)
     if args.val != "none":
         data.refuse_overlap(args.data, args.list, args.val)
+    if args.check and ddp.rank() == 0:
+        if faults := make_lt.check(args.data, {args.list, args.val} - {"none"}, args.workers):
+            raise InputError(f"{faults:,} faults in {args.list} or {args.val}, listed above")
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     loader = data.train_loader(dataset, draws, args.workers)
     counts = data.class_counts(dataset.labels)
@@ -215,11 +223,10 @@ def main():
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
 
     # loss
+    on_logits = {"ce": F.cross_entropy, "focal": baselines.focal_loss,
+                 "cb-focal": partial(baselines.focal_loss, gamma=0.5),  # Cui et al. on iNaturalist, with beta 0.999 below
+                 "ldam": partial(baselines.ldam_loss, margins=baselines.ldam_margins(counts).to(device))}.get(args.loss)
     num_positives = {"cl": 0, "fcl": None}.get(args.loss, args.num_positives)
-    if args.loss == "ldam":
-        margins = baselines.ldam_margins(counts).to(device)
-    focal = {"focal": {}, "cb-focal": {"gamma": 0.5, "weight":  # Cui et al.'s choice on iNaturalist and ImageNet
-             baselines.effective_number_weights(counts, 0.999).to(device)}}.get(args.loss)
     match_every = max(1, C // 100)  # steps; the Hungarian method takes 0.1 s for 1000 classes and hardly changes its mind
 
     def to_input(view):
@@ -234,7 +241,7 @@ def main():
         except Exception as error:  # half a dozen kinds
             raise InputError(f"{args.out / 'ckpt.pt'} does not load ({type(error).__name__}); --restart throws it "
                              "away") from None
-        free = {"out", "val", "workers", "log_every", "save_every", "restart"}  # may differ without changing the run
+        free = {"out", "val", "workers", "check", "log_every", "save_every", "restart"}  # may differ without changing the run
         differ = [f"{name}: {ckpt['settings'].get(name)} there, {v} here" for name, v in head_line["settings"].items()
                   if name not in free and ckpt["settings"].get(name) != v]
         if differ:
@@ -277,8 +284,11 @@ def main():
             reversed_draws.set_epoch(epoch)
             reversed_batches = reversed_loader
             alpha = baselines.bbn_alpha(epoch, args.epochs)
-        class_weight = baselines.drw_weights(counts, epoch, args.epochs) if args.drw else None
-        class_weight = class_weight if class_weight is None else class_weight.to(device)
+        class_weight = None
+        if args.loss == "cb-focal":
+            class_weight = baselines.effective_number_weights(counts, 0.999).to(device)
+        if args.drw and epoch >= 0.8 * args.epochs:  # deferred to the last 20 %: their 160 of 200 (Cao et al. 2019, sec. 3.3)
+            class_weight = baselines.effective_number_weights(counts, 0.9999).to(device)
         # each epoch seeds itself, another stream a rank: a resumed run draws what an undisturbed one does
         torch.manual_seed((args.seed * 1_000_003 + epoch) * 1_009 + ddp.rank())
         for group in optimizer.param_groups:
@@ -287,12 +297,8 @@ def main():
         for step, ((views, labels, _), reversed_batch) in enumerate(zip(loader, reversed_batches), 1):
             labels = labels.to(device, non_blocking=True)
             x = to_input(views[0])                                        # (b, 3, H, W)
-            if args.loss == "ce":
-                loss = F.cross_entropy(net(x), labels, weight=class_weight)
-            elif args.loss == "ldam":
-                loss = baselines.ldam_loss(net(x), labels, margins, weight=class_weight)
-            elif args.loss in ("focal", "cb-focal"):
-                loss = baselines.focal_loss(net(x), labels, **focal)
+            if on_logits:
+                loss = on_logits(net(x), labels, weight=class_weight)
             elif args.loss == "bbn":
                 (reversed_view,), reversed_labels, _ = reversed_batch
                 logits = net(x, to_input(reversed_view), alpha)           # (b, C)
@@ -356,7 +362,7 @@ def main():
             save({"weight": W.contiguous(), "bias": b, "backbone": "backbone.pt",
                   "backbone_sha256": data.sha256(args.out / "backbone.pt"), "arch": args.arch,
                   "dataset": args.dataset, "data": args.data, "name": args.out.name,
-                  "counts": counts.tolist(), "counts_of": args.list,
+                  "list": args.list, "counts": counts.tolist(), "counts_of": args.list,
                   "list_sha256": head_line["settings"]["list_sha256"],
                   "protocol": f"joint {how}, {args.sampler} sampling",
                   **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}, args.out / "head.pt")

@@ -27,7 +27,7 @@ CELLS = [
     ("ce", "--loss ce", [("CE, instance sampling (SL-i)", "eval", ""), ("CE, tau-norm", "eval_tau_norm", ""),
                          ("CE, NCM", "eval_ncm", ""), ("CE, LWS", "lws-lt/eval", "--classifier lws"),
                          ("CE, cRT", "linear-lt/eval", "--classifier linear")]),
-    ("kcl", "--loss kcl", [("KCL", "linear-lt/eval", "--classifier linear")]),
+    ("kcl", "--loss kcl", [("KCL", "linear-lt/eval", "--classifier linear"), ("KCL, NCM", "linear-lt/eval_ncm", "")]),
     ("ce-class", "--loss ce --sampler class", [("CE, class-balanced sampling (SL-c)", "eval", "")]),
     ("ce-sqrt", "--loss ce --sampler sqrt", [("CE, square-root sampling (SL-s)", "eval", "")]),
     ("ce-progressive", "--loss ce --sampler progressive", [("CE, progressive sampling (SL-p)", "eval", "")]),
@@ -67,11 +67,13 @@ def measure(cell, seed, runs, short):
     seconds |= {command: run(command) for command in stage2.values()}
     heads = " ".join(f"{out}/{Path(file).parent}/head.pt" for file in dict.fromkeys(
         file for _, file, _ in methods if Path(file).name == "eval"))
-    run(f"evaluate.py {heads} {'--tau-norm --ncm ' if name == 'ce' else ''}--workers 0 --pictures {out}")
+    also = {"ce": "--tau-norm --ncm ", "kcl": "--ncm "}.get(name, "")
+    stage3 = f"evaluate.py {heads} {also}--workers 0 --pictures {out}"
+    run(stage3)
     lines = []
     for method, file, how in methods:
         commands = [stage1, *filter(None, [stage2.get(how)])]
-        lines.append({"method": method, "seed": seed, "commands": commands,
+        lines.append({"method": method, "seed": seed, "commands": [*commands, stage3],
                       "seconds": round(sum(seconds[c] for c in commands), 1),
                       **json.loads((ROOT / out / f"{file}.json").read_text())})
     return lines
@@ -96,6 +98,7 @@ def print_table(lines):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--only", nargs="+", choices=[name for name, _, _ in CELLS], help="these representations")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     p.add_argument("--table", action="store_true", help="print the table of what is there and stop")
     p.add_argument("--smoke", action="store_true", help="one epoch each, into runs/smoke")
@@ -106,7 +109,7 @@ def main():
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     there = {(line["method"], line["seed"]) for line in lines}
     todo = [(cell, seed) for seed in args.seeds for cell in CELLS
-            if not {(method, seed) for method, _, _ in cell[2]} <= there]
+            if cell[0] in (args.only or cell[0]) and not {(method, seed) for method, _, _ in cell[2]} <= there]
     if todo and not args.table:
         for seed in args.seeds:
             if not (ROOT / f"data/digits-seed{seed}").exists():

@@ -12,6 +12,7 @@ import data
 import ddp
 import make_lt
 from ddp import InputError
+from digits import clutter
 
 
 # ---- splits
@@ -21,7 +22,7 @@ from ddp import InputError
     (0.8, (857, 10, 115_852)), (1.0, (1279, 5, 115_846))])
 def test_alpha_counts_give_the_papers_table(alpha, published):
     """Table 8; its last row says 1280, but the largest class of the list itself, whose total it gives, has 1279."""
-    counts = [int(line) for line in Path(__file__).with_name("imagenet_lt_counts.txt").read_text().split()]
+    counts = [int(line) for line in (make_lt.EMBEDDED / "imagenet_lt_counts.txt").read_text().split()]
     n = make_lt.alpha_counts(counts, alpha)
     assert (max(n), min(n), sum(n)) == published
     if alpha == 1:
@@ -74,7 +75,7 @@ def test_no_digit_serves_two_splits(tmp_path, monkeypatch):
         if len(digits) not in seen:
             seen[len(digits)] = {d.tobytes() for d in digits}
         return np.zeros((32, 32), np.uint8)
-    monkeypatch.setattr(make_lt, "clutter", record)
+    monkeypatch.setattr("digits.clutter", record)
     make_lt.make_digits(tmp_path / "set", seed=3)
     assert sorted(seen) == [500, 1000, 3500]
     assert len(set.union(*seen.values())) == sum(len(s) for s in seen.values()) == 5000
@@ -87,12 +88,12 @@ def test_clutter_is_as_described():
             return np.zeros(size)
     digits = np.zeros((3, 28, 28), np.uint8)
     digits[0] = 200
-    alone = make_lt.clutter(digits, 0, NoNoise(0))
+    alone = clutter(digits, 0, NoNoise(0))
     assert (alone == 200).sum() == 22 * 22 and set(np.unique(alone)) == {0, 200}
     digits[1:] = 255
-    fragments = make_lt.clutter(np.stack([np.zeros((28, 28), np.uint8), digits[1]]), 0, NoNoise(0))
+    fragments = clutter(np.stack([np.zeros((28, 28), np.uint8), digits[1]]), 0, NoNoise(0))
     assert 7 * 7 <= (fragments == 255).sum() <= 5 * 7 * 7
-    noisy = np.stack([make_lt.clutter(np.full((2, 28, 28), 128, np.uint8), 0, np.random.RandomState(i))[12:20, 12:20]
+    noisy = np.stack([clutter(np.full((2, 28, 28), 128, np.uint8), 0, np.random.RandomState(i))[12:20, 12:20]
                       for i in range(200)]) / 255
     assert noisy.std() == pytest.approx(0.15, rel=0.03)
 
@@ -183,7 +184,8 @@ def drawn(kind, epochs, epoch):
     ("sqrt", 0, [math.sqrt(n) / (math.sqrt(1000) + math.sqrt(200) + math.sqrt(40)) for n in (1000, 200, 40)]),
     ("progressive", 0, [1000 / 1240, 200 / 1240, 40 / 1240]),
     ("progressive", 25, [0.75 * n / 1240 + 0.25 / 3 for n in (1000, 200, 40)]),
-    ("progressive", 99, [0.01 * n / 1240 + 0.99 / 3 for n in (1000, 200, 40)])])
+    ("progressive", 99, [0.01 * n / 1240 + 0.99 / 3 for n in (1000, 200, 40)]),
+    ("reversed", 0, [1 / n / (1 / 1000 + 1 / 200 + 1 / 40) for n in (1000, 200, 40)])])
 def test_sampler_frequencies(kind, epoch, expected):
     share, n = drawn(kind, epochs=100, epoch=epoch), 60 * 1240
     for s, p in zip(share.tolist(), expected):
@@ -209,7 +211,7 @@ def test_instance_epoch_has_every_image_once_and_epochs_differ():
     assert len(data.Draws(LABELS, "instance", batch=100)) == 1200  # the last, short batch is left out
 
 
-@pytest.mark.parametrize("kind", ["instance", "class", "sqrt", "progressive"])
+@pytest.mark.parametrize("kind", ["instance", "class", "sqrt", "progressive", "reversed"])
 @pytest.mark.parametrize("world", [2, 5])
 def test_ranks_share_one_sequence(monkeypatch, kind, world):
     """Rank r takes each world-th draw: no draw twice, and global batch s is the one that a single rank would see."""

@@ -1,7 +1,10 @@
 """The scripts end to end: every command of the README, one process against two, resuming, bad input."""
+import glob
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import baselines
 import evaluate
 import kcl
 import make_lt
@@ -43,6 +47,21 @@ def imagenet_stand_in(root):
         (root / f"{name}.txt").write_text("".join(lines))
 
 
+def other_stand_ins(copy):
+    """What make_lt.py finds of iNaturalist, Places365 and CIFAR-100 (its PNGs: their making is tested in test_make_lt.py)."""
+    (copy / "inat2018/train_val2018").mkdir(parents=True)
+    for part in ("train", "val"):
+        (copy / f"inat2018/{part}2018.json").write_text(json.dumps({
+            "images": [{"id": i, "file_name": f"train_val2018/Aves/{i}/{i}.jpg"} for i in range(4)],
+            "annotations": [{"image_id": i, "category_id": i} for i in range(4)]}))
+    for root, parts, n in (("places365", ("train", "val"), 4), ("data/cifar100", ("train", "test"), 500)):
+        for part in parts:
+            for c in ("apple", "bear"):
+                (copy / root / part / c).mkdir(parents=True)
+                for i in range(n):
+                    (copy / root / part / c / f"{i}.png").touch()
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """A clean copy of the project in which commands can be run."""
@@ -51,21 +70,31 @@ def copy(tmp_path_factory):
     return root
 
 
-def test_every_command_of_the_readme(copy):
+def test_every_command_of_the_readme(copy, script, monkeypatch):
+    """The lines with torchrun as they stand; those with python in this process, which imports torch only once."""
+    monkeypatch.chdir(copy)
     blocks = re.findall(r"```bash\n(.*?)```", (copy / "README.md").read_text(), re.S)
     commands = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()
                 if re.match(r"python [a-z_]+\.py|torchrun", line)]
-    assert len(commands) >= 10 and {c.split(".py")[0].split()[-1] for c in commands} == {
+    assert len(commands) >= 12 and {c.split(".py")[0].split()[-1] for c in commands} == {
         "make_lt", "train_rep", "train_linear", "evaluate"}
     imagenet_stand_in(copy / "imagenet")
+    other_stand_ins(copy)
     for command in commands:
+        command = command.replace("--long-tail imagenet-lt", "--long-tail exponential --imbalance 2 --holdout 1")
+        command = command.replace("/path/to/inat2018", "inat2018").replace("/path/to/places365", "places365 --holdout 1")
         tiny = {"train_rep": " --epochs 1 --queue 40", "train_linear": " --epochs 1 --lr 0.1 1"}.get(
             command.split(".py")[0].split()[-1], "")
-        if "imagenet" in command:
+        if "/path/to/imagenet" in command or "runs/imagenet" in command:
             command = command.replace("/path/to/imagenet", "imagenet").replace("=8", "=2").replace("-8ranks", "-2ranks")
             tiny += {"train_rep": " --arch resnet18 --batch 4 --workers 1", "train_linear": " --batch 4 --workers 1"}.get(
                 command.split(".py")[0].split()[-1], "")
-        shell(command + tiny, copy)
+        program, *args = shlex.split(command + tiny)
+        if program == "python":
+            args = [file for arg in args for file in (sorted(glob.glob(arg)) if "*" in arg else [arg])]
+            script(importlib.import_module(args[0].removesuffix(".py")), *args[1:])
+        else:
+            shell(command + tiny, copy)
     scored = json.loads((copy / "runs/digits-lt-kcl-seed0/linear-lt/eval.json").read_text())
     assert {"top1", "top5", "many", "medium", "few", "balancedness", "sigma", "std", "per_class", "protocol"} <= set(scored)
     assert scored["images"] == 1000 and scored["top1"] == pytest.approx(np.mean(scored["per_class"]))
@@ -104,16 +133,26 @@ def test_two_processes_evaluate_as_one(digits, tmp_path):
     assert results[0] == results[1] and json.loads(results[0])["images"] == 1000
 
 
+@pytest.mark.parametrize("loss", ["bbn", "tsc"])
+def test_two_processes_train_the_same_weights(digits, tmp_path, loss):
+    """What ranks exchange or draw twice differs by loss; DDP would stop, or hang, if they disagreed."""
+    shell(f"torchrun --nproc_per_node=2 {ROOT}/train_rep.py --loss {loss} --dataset digits --data {digits} --epochs 2 "
+          f"--batch 400 --queue 800 --out {loss}", tmp_path)
+    assert all(x.isfinite().all() for x in torch.load(tmp_path / loss / "backbone.pt", weights_only=True).values())
+
+
 def tiny_rep(script, digits, out, *more):
     script(train_rep, "--dataset", "digits", "--data", digits, "--out", out, "--epochs", 2, "--queue", 100, *more)
     return torch.load(out / "backbone.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("loss", ["ce", "cl", "kcl", "fcl"])
+@pytest.mark.parametrize("loss", ["ce", "focal", "cb-focal", "ldam", "bbn", "cl", "kcl", "fcl", "supcon", "tsc"])
 def test_run_folder(script, digits, tmp_path, loss, capsys):
     state = tiny_rep(script, digits, tmp_path / "run", "--loss", loss, "--log-every", 5)
-    assert list(state) == [n for n in resnet.ARCHS["resnet8"]().state_dict() if not n.startswith("fc.")]
-    assert (tmp_path / "run/head.pt").exists() == (loss == "ce")
+    names = [n for n in resnet.ARCHS["resnet8"]().state_dict() if not n.startswith("fc.")]
+    assert list(state) == names or loss == "bbn" and {n.replace("conventional.", "") for n in state if "rebalanced" not in n} == set(names)
+    on_logits = loss in ("ce", "focal", "cb-focal", "ldam", "bbn")
+    assert (tmp_path / "run/head.pt").exists() == on_logits
     first, *lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert first["command"].startswith("train_rep.py --dataset") and first["torch"] == torch.__version__
     assert first["settings"]["lr"] == (0.03 if loss == "cl" else 0.1) and first["settings"]["arch"] == "resnet8"
@@ -121,7 +160,14 @@ def test_run_folder(script, digits, tmp_path, loss, capsys):
     assert [line["step"] for line in lines] == [5, 10, 13, 18, 23, 26]  # 864 // 64 = 13 steps an epoch
     assert [line["lr"] for line in lines[::3]] == pytest.approx([first["settings"]["lr"] * x for x in (1, 0.5)])
     assert all(np.isfinite(line["loss"]) and line["images_per_s"] > 0 for line in lines)
-    if loss != "ce":
+    if on_logits:  # what head.pt holds is the classifier that was trained
+        script(evaluate, tmp_path / "run/head.pt", "--pictures", tmp_path)
+        head = torch.load(tmp_path / "run/head.pt", weights_only=True)
+        assert head["weight"].shape == (10, 128 if loss == "bbn" else 64) and head["bias"].shape == (10,)
+        assert json.loads((tmp_path / "run/eval.json").read_text())["protocol"] == f"joint {train_rep.SUPERVISED[loss]}, instance sampling"
+        if loss == "ldam":
+            assert torch.allclose(head["weight"].norm(dim=1), torch.ones(10)) and not head["bias"].any()
+    elif loss != "supcon":
         assert lines[0]["queue_filled"] == 1 and lines[0]["positives_in_queue"] > 1
 
 
@@ -136,6 +182,53 @@ def test_defaults_are_the_papers(monkeypatch, tmp_path):
     # MoCo's: x0.1 at 120 and 160 of 200
     rates = [train_rep.learning_rate(0.03, "step", epoch / 200) for epoch in (0, 119, 120, 159, 160, 199)]
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+
+
+def test_deferred_reweighting_changes_the_last_epochs_only(script, digits, tmp_path):
+    """--drw: the same as without up to 80 % of the epochs, another loss after."""
+    losses = []
+    for how in ((), ("--drw",)):
+        tiny_rep(script, digits, tmp_path / f"run{len(how)}", "--loss", "ldam", *how, "--epochs", 5, "--batch", 400, "--log-every", 1)
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / f"run{len(how)}/log.jsonl").read_text().splitlines()[1:]])
+    assert losses[0][:8] == losses[1][:8] and losses[0][8] != losses[1][8]
+    assert torch.load(tmp_path / "run1/head.pt", weights_only=True)["protocol"] == "joint LDAM-DRW, instance sampling"
+
+
+def test_init_starts_from_a_backbone(script, digits, tmp_path):
+    """SSP: with a learning rate of almost 0 the weights are those of the backbone that it starts from."""
+    first = tiny_rep(script, digits, tmp_path / "cl", "--loss", "cl", "--epochs", 1)
+    for loss in ("ce", "kcl"):
+        ssp = tiny_rep(script, digits, tmp_path / loss, "--loss", loss, "--init", tmp_path / "cl/backbone.pt", "--lr", 1e-9, "--epochs", 1)
+        assert all(torch.allclose(x, first[name], atol=1e-5) for name, x in ssp.items() if "running" not in name and "num_b" not in name)
+    with pytest.raises(SystemExit, match="other settings .init: .*cl/backbone.pt there, None here"):
+        tiny_rep(script, digits, tmp_path / "ce", "--loss", "ce", "--lr", 1e-9, "--epochs", 1)
+
+
+def test_tsc_targets_only_after_the_warm_up(script, digits, tmp_path, monkeypatch):
+    """Half the epochs are KCL's; then each class pulls to a target of its own, and a resumed run knows which."""
+    calls = []
+
+    def spy(*args, loss=baselines.tsc_loss):
+        calls.append(args[5])
+        return loss(*args)
+    monkeypatch.setattr(baselines, "tsc_loss", spy)
+    tiny_rep(script, digits, tmp_path / "run", "--loss", "tsc", "--epochs", 4)
+    assert len(calls) == 2 * 13 and all(sorted(t.tolist()) == sorted(calls[0].tolist()) for t in calls)
+    stored = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["model"]
+    assert sorted(stored["targets.owned"].tolist()) == list(range(10))
+    assert torch.equal(stored["targets.targets"][stored["targets.owned"]], calls[-1])
+
+
+def test_every_method_in_one_script(copy):
+    """recipes/methods.py on one representation, one epoch; a second call has nothing left to do."""
+    run = f"{sys.executable} recipes/methods.py --smoke --seeds 0 --only ldam"
+    table = shell(run, copy)
+    (line,) = (copy / "runs/smoke/methods.jsonl").read_text().splitlines()
+    result = json.loads(line)
+    assert result["method"] == "LDAM" and result["commands"][0].startswith("train_rep.py --loss ldam") and result["seconds"] > 1
+    assert f"| LDAM | 1 | {100 * result['top1']:.1f} |" in table
+    again = shell(run, copy)
+    assert "done" not in again and again in table and (copy / "runs/smoke/methods.jsonl").read_text().splitlines() == [line]
 
 
 def test_keys_reach_the_queue_only_after_they_were_used(script, digits, tmp_path, monkeypatch):
@@ -157,7 +250,7 @@ def test_keys_reach_the_queue_only_after_they_were_used(script, digits, tmp_path
         assert set(asked) == {num_positives}
 
 
-@pytest.mark.parametrize("loss, sampler, workers", [("kcl", "instance", 0), ("kcl", "progressive", 1), ("ce", "class", 1)])
+@pytest.mark.parametrize("loss, sampler, workers", [("kcl", "progressive", 1), ("tsc", "class", 0), ("bbn", "instance", 0)])
 def test_resumed_run_equals_the_straight_one(script, digits, tmp_path, monkeypatch, loss, sampler, workers):
     args = ("--loss", loss, "--sampler", sampler, "--epochs", 4, "--save-every", 2, "--batch", 128, "--workers", workers)
     straight = tiny_rep(script, digits, tmp_path / "straight", *args)

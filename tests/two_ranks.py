@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import data
 import ddp
+from baselines import supcon_loss
 from moco import MoCo
 
 
@@ -48,6 +49,16 @@ def main():
     (F.normalize(alone.encoder_q(images)).sum() / 2).backward()
     expected = torch.cat([(p - 0.1 * p.grad).detach().flatten() for p in alone.encoder_q.parameters()])
     assert torch.equal(both[0], both[1]) and torch.allclose(moved, expected, atol=1e-6)
+
+    # a loss on the embeddings of both ranks has the gradient that one process has
+    alone.zero_grad()
+    supcon_loss(F.normalize(alone.encoder_q(images)), torch.arange(8) // 4 * 2 % 3).backward()  # classes 0 and 2
+    optimizer.zero_grad()
+    moco.encoder_q.load_state_dict(alone.encoder_q.state_dict())
+    z = ddp.GatherWithGradient.apply(F.normalize(net(mine)))
+    supcon_loss(z, ddp.gather(torch.full((4,), 2 * rank))).backward()
+    for p, expected in zip(net.parameters(), alone.encoder_q.parameters()):
+        assert torch.allclose(p.grad, expected.grad, atol=1e-6)
 
     # no image on two ranks, none missing
     images = list(data.eval_loader(range(11), 2, 0))

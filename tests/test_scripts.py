@@ -231,6 +231,15 @@ def test_every_method_in_one_script(copy):
     assert "done" not in again and again in table and (copy / "runs/smoke/methods.jsonl").read_text().splitlines() == [line]
 
 
+def test_committed_results_are_complete():
+    """results/methods.jsonl: every method on three seeds, and the README's table is the one that they give."""
+    done = subprocess.run([sys.executable, "recipes/methods.py", "--table"], cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ") and "method" not in line]
+    assert len(rows) == 20 and all(" | 3 | " in row for row in rows)
+    readme = (ROOT / "README.md").read_text()
+    assert all(row in readme for row in rows)
+
+
 def test_keys_reach_the_queue_only_after_they_were_used(script, digits, tmp_path, monkeypatch):
     """At each step's loss the queue ends with the batch before and holds no key of this one."""
     steps, asked = [], []

@@ -433,6 +433,8 @@ def test_train_rep_knows_the_data_set_from_its_folder(script, digits, tmp_path, 
 
 
 def test_small_refusals(script, tmp_path):
+    with pytest.raises(SystemExit, match="exists already; delete it or name another folder with --out"):
+        script(make_lt, "--out", tmp_path)
     folder(tmp_path, [5])
     with pytest.raises(SystemExit, match="train has 1 class folders; two at least"):
         script(make_lt, "--dataset", "folder", "--data", tmp_path)

@@ -77,13 +77,14 @@ def test_every_command_of_the_readme(copy, script, monkeypatch):
     commands = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()
                 if re.match(r"python [a-z_]+\.py|torchrun", line)]
     assert len(commands) >= 12 and {c.split(".py")[0].split()[-1] for c in commands} == {
-        "make_lt", "train_rep", "train_linear", "evaluate"}
+        "make_lt", "train_rep", "train_linear", "evaluate", "transfer_det"}
     imagenet_stand_in(copy / "imagenet")
     other_stand_ins(copy)
     for command in commands:
         command = command.replace("--long-tail imagenet-lt", "--long-tail exponential --imbalance 2 --holdout 1")
         command = command.replace("/path/to/inat2018", "inat2018").replace("/path/to/places365", "places365 --holdout 1")
-        tiny = {"train_rep": " --epochs 1 --queue 40", "train_linear": " --epochs 1 --lr 0.1 1"}.get(
+        tiny = {"train_rep": " --epochs 1 --queue 40", "train_linear": " --epochs 1 --lr 0.1 1",
+                "transfer_det": " --iterations 2 --batch 2 --train-scenes 4 --test-scenes 2 --precise-bn 1"}.get(
             command.split(".py")[0].split()[-1], "")
         if "/path/to/imagenet" in command or "runs/imagenet" in command:
             command = command.replace("/path/to/imagenet", "imagenet").replace("=8", "=2").replace("-8ranks", "-2ranks")
@@ -98,6 +99,7 @@ def test_every_command_of_the_readme(copy, script, monkeypatch):
     scored = json.loads((copy / "runs/digits-lt-kcl-seed0/linear-lt/eval.json").read_text())
     assert {"top1", "top5", "many", "medium", "few", "balancedness", "sigma", "std", "per_class", "protocol"} <= set(scored)
     assert scored["images"] == 1000 and scored["top1"] == pytest.approx(np.mean(scored["per_class"]))
+    assert json.loads((copy / "runs/digits-lt-kcl-seed0/det-digits-fpn-seed0/results.json").read_text())["images"] == 2
     for picture in ("accuracy_by_class.png", "balancedness.png"):
         assert Image.open(copy / "runs" / picture).size[0] > 500
 

@@ -5,6 +5,9 @@ import torch.nn.functional as F
 
 import data
 import ddp
+import det_data
+import resnet
+import transfer_det
 from baselines import supcon_loss
 from moco import MoCo
 
@@ -66,7 +69,26 @@ def main():
     together = [None, None]
     torch.distributed.all_gather_object(together, share.tolist())
     assert sorted(together[0] + together[1]) == list(range(11))
-    ddp.print0("ok")
+
+    # detection: two ranks find, image by image, what one finds, and hold the same precise statistics
+    torch.manual_seed(0)
+    spec, heads = transfer_det.SETTINGS["digits"], {**transfer_det.HEADS["digits"], "proposals": ((60, 20), (60, 10))}
+    detector = transfer_det.build_detector(resnet.ARCHS["resnet8"](), "fpn", 10, True, heads, spec["scales"],
+                                           spec["max_size"], spec["mean"], spec["std"])
+    dataset, load = det_data.digits_dictionary("test", 5)
+    scenes = det_data.Scenes(det_data.checked(dataset, "scenes"), load, masks=True)
+    items = [scenes[i] for i in range(rank, 5, 2)]
+    transfer_det.precise_bn(detector, [([det_data.to_input(pixels, "cpu")], [target]) for pixels, target in items])
+    statistics = torch.cat([x.flatten() for name, x in detector.state_dict().items() if "running" in name])
+    both = ddp.gather(statistics[None])
+    assert torch.equal(both[0], both[1]) and not torch.equal(both[0], torch.zeros_like(both[0]))
+    detector.roi_heads.score_thresh = 0.0
+    together = transfer_det.predict(detector, scenes, "cpu")
+    ddp.rank, ddp.world = lambda: 0, lambda: 1
+    alone = transfer_det.predict(detector, scenes, "cpu")
+    assert len({d["image_id"] for d in alone}) == 5 and together == alone
+    if rank == 0:
+        print("ok", flush=True)
 
 
 if __name__ == "__main__":

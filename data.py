@@ -18,13 +18,14 @@ from ddp import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# name -> kind (which hyper-parameters it takes), folder, pixels (after `resize` of the shorter side), normalisation, and
+# name -> kind (whose hyper-parameters it takes), folder, pixels (after `resize` of the shorter side), normalisation,
 # list files: `train` is what the representation learns from by default, `full` the balanced set of the representation
 # evaluation (sec. 3.1), `val` chooses ("none": the set has none), `test` is reported. make_lt.py --dataset writes them.
 LISTS = dict(train="train_lt.txt", full="train_full.txt", val="val.txt", test="test.txt")
 PHOTOS = dict(kind="photos", root=None, pixels=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 DATASETS = {
-    "digits": dict(kind="digits", root="data/digits", pixels=32, resize=32, mean=(0.179,) * 3, std=(0.279,) * 3, **LISTS),
+    "digits": dict(kind="digits", root="data/digits", pixels=32, resize=32, mean=(0.179,) * 3, std=(0.279,) * 3,
+                   **LISTS),
     "imagenet": dict(PHOTOS, train="ImageNet_LT_train.txt", full="train_full.txt", val="ImageNet_LT_val.txt",
                      test="ImageNet_LT_test.txt"),
     # long-tailed by nature, no balanced training set; the official validation set is what everybody reports
@@ -52,7 +53,7 @@ def find_list(root, name):
 
 
 def beside(root, list_name, name):
-    """The list `name` from the folder of list_name, where there is one: a class split has its own val and test lists."""
+    """The list `name` from the folder of list_name, where there is one: a class split has its own val and test."""
     sibling = (Path(list_name).parent / name).as_posix()
     return sibling if Path(sibling).is_file() or (Path(root) / sibling).is_file() else name
 

@@ -12,11 +12,11 @@ handwritten digits in clutter, in about 10 seconds.
     python make_lt.py --sizes imagenet-lt                              # only the table, of class sizes or of a list
     python make_lt.py --check --data data/digits                       # does every image open? is any in two splits?
 
-Layouts: imagenet, places365 (its "easyformat") and folder have train/<class>/<image> and val/<class>/<image>; a class is
-numbered by its place in the sorted names. Writes to --out (default: the data folder) train_full.txt, val.txt and test.txt
-where they are not published; train_lt0 ... train_lt8.txt, the paper's D_LT0 ... D_LT8 (alpha = 0 ... 0.8; train_lt.txt, or
-the published list, is alpha = 1); overlap_source/ ... independent_target/, the same lists for one half of the classes
-(Table 4, Fig. 3); splits.json, the printed table; and class_sizes.png (Fig. 6).
+Layouts: imagenet, places365 (its "easyformat") and folder have train/<class>/<image> and val/<class>/<image>; a class
+is numbered by its place in the sorted names. Writes to --out (default: the data folder) train_full.txt, val.txt and
+test.txt where they are not published; train_lt0 ... train_lt8.txt, the paper's D_LT0 ... D_LT8 (alpha = 0 ... 0.8;
+train_lt.txt, or the published list, is alpha = 1); overlap_source/ ... independent_target/, the same lists for one half
+of the classes (Table 4, Fig. 3); splits.json, the printed table; and class_sizes.png (Fig. 6).
 """
 import argparse
 import hashlib
@@ -51,9 +51,8 @@ SOURCES = {
                  "train/<class>/*.jpg and val/<class>/*.jpg",
     "inat18": "iNaturalist 2018 (github.com/visipedia/inat_comp): train_val2018/ with the images, train2018.json and "
               "val2018.json",
-    "cifar10": "cifar-10-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html), which is downloaded where the network allows",
-    "cifar100": "cifar-100-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html), which is downloaded where the network "
-                "allows",
+    "cifar10": "cifar-10-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html), unpacked",
+    "cifar100": "cifar-100-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html), unpacked",
     "folder": "train/<class>/<image>, and val/<class>/<image> or test/<class>/<image>",
 }
 
@@ -97,8 +96,8 @@ def family_counts(base, lt0="formula"):
 
 
 def read_counts(name):
-    """A count file, one whole number a line and class; `imagenet-lt`: the published ones, shipped with the project. None
-    where the file holds anything else."""
+    """A count file, one whole number a line and class; `imagenet-lt`: the published ones, shipped with the project.
+    None where the file holds anything else."""
     file = EMBEDDED / "imagenet_lt_counts.txt" if name == "imagenet-lt" else Path(name)
     words = file.read_text(encoding="utf-8", errors="replace").split() if file.is_file() else [""]
     return [int(word) for word in words] if words and all(word.isdecimal() for word in words) else None
@@ -111,7 +110,8 @@ def scan(root, folder):
     names = sorted(entry.name for entry in os.scandir(root / folder) if entry.is_dir())
     kinds = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
     split = [sorted(f"{folder}/{name}/{file.name}" for file in os.scandir(root / folder / name)
-                    if file.name.lower().endswith(kinds)) for name in tqdm(names, desc=folder, unit="class", leave=False)]
+                    if file.name.lower().endswith(kinds))
+             for name in tqdm(names, desc=folder, unit="class", leave=False)]
     for name, paths in zip(names, split):
         if not paths:
             raise InputError(f"{root / folder / name} holds no image; every class folder needs one, or take it away")
@@ -147,8 +147,8 @@ def order(base, full, held_out, seed):
     for c in range(len(full)):
         first = sorted(base[c]) if base else []
         if not held_out[c].isdisjoint(first):
-            raise InputError(f"the long tail holds the validation image {min(held_out[c].intersection(first))}; take it "
-                             "out of one of the two lists")
+            raise InputError(f"the long tail holds the validation image {min(held_out[c].intersection(first))}; take "
+                             "it out of one of the two lists")
         taken = held_out[c].union(first)
         rest = [path for path in sorted(full[c]) if path not in taken]
         ordered.append([first[i] for i in rng.permutation(len(first))] + [rest[i] for i in rng.permutation(len(rest))])
@@ -167,8 +167,8 @@ def take(ordered, counts, name):
 def class_split(C, how):
     """Source and target classes of Table 4, both sorted: one half each (the source has the smaller where C is odd).
 
-    overlap: at random, with the authors' shuffle, so that on ImageNet this is their list; independent: the first half in
-    order, on ImageNet 398 animals and 102 artefacts against artefacts and the rest.
+    overlap: at random, with the authors' shuffle, so that on ImageNet this is their list; independent: the first half
+    in order, on ImageNet 398 animals and 102 artefacts against artefacts and the rest.
     """
     classes = list(range(C))
     if how == "overlap":
@@ -196,8 +196,8 @@ def list_text(split):
 
 
 def write_splits(out, splits, overwrite=False, keep=()):
-    """Write the lists {name: split}, but not those to keep, and the halves of all (class_split) as <half>/<name>.txt, their
-    labels renumbered from 0."""
+    """Write the lists {name: split}, but not those to keep, and the halves of all (class_split) as <half>/<name>.txt,
+    their labels renumbered from 0."""
     for name, split in splits.items():
         if split and name not in keep:
             write(out / f"{name}.txt", list_text(split), overwrite)
@@ -227,7 +227,8 @@ def print_table(counts):
     """A line for each list of counts, {list name: class sizes}."""
     rows = rows_of(counts)
     width = max(map(len, counts))
-    print(f"{'list':<{width}} {'classes':>7} {'max':>6} {'min':>6} {'total':>10} {'imbalance':>9}   many / medium / few classes")
+    print(f"{'list':<{width}} {'classes':>7} {'max':>6} {'min':>6} {'total':>10} {'imbalance':>9}   "
+          "many / medium / few classes")
     for name, row in rows.items():
         print(f"{name:<{width}} {row['classes']:>7} {row['max']:>6} {row['min']:>6} {row['total']:>10,} "
               f"{row['imbalance']:>9.1f}   {row['many']} / {row['medium']} / {row['few']}")
@@ -292,7 +293,8 @@ def make_cifar(root, dataset):
     try:
         parts = {"train": kind(root, train=True, download=True), "test": kind(root, train=False, download=True)}
     except Exception as error:  # URLError, HTTPError, RuntimeError of a wrong checksum, OSError ...
-        raise InputError(f"{dataset} is not in {root} and did not download ({error}); put there {SOURCES[dataset]}") from None
+        raise InputError(f"{dataset} is not in {root} and did not download ({error}); put there "
+                         f"{SOURCES[dataset]}") from None
     for split, images in parts.items():
         if (root / split).exists():
             continue
@@ -305,8 +307,9 @@ def make_cifar(root, dataset):
 
 
 def make_inat(root, out, overwrite):
-    """The lists of iNaturalist 2018 from its json files, line for line those of Kang et al. 2020; {list name: split}."""
-    splits = {}
+    """The lists of iNaturalist 2018 from its json files, line for line those of Kang et al. 2020; returns {list name:
+    class sizes}."""
+    sizes = {}
     for part in ("train", "val"):
         file = root / f"{part}2018.json"
         if not file.is_file() or not (root / "train_val2018").is_dir():
@@ -316,11 +319,12 @@ def make_inat(root, out, overwrite):
             label = {a["image_id"]: int(a["category_id"]) for a in content["annotations"]}
             lines = [f"{image['file_name']} {label[image['id']]}\n" for image in content["images"]]
         except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{file}: not the annotations of iNaturalist 2018 ({type(error).__name__}: {error})") from None
+            raise InputError(f"{file}: not the annotations of iNaturalist 2018 ({type(error).__name__}: "
+                             f"{error})") from None
         name = f"iNaturalist18_{part}"
         write(out / f"{name}.txt", "".join(lines), overwrite)
-        splits[name] = read_split(out, f"{name}.txt")
-    return splits
+        sizes[name] = class_counts(read_list(out, f"{name}.txt")[1]).tolist()
+    return sizes
 
 
 def scanned_lists(root, names, full, holdout, seed):
@@ -353,11 +357,11 @@ def long_tail(args, root, C, n_max):
     elif args.long_tail == "pareto":
         counts = [0] * C
         largest_first = pareto_counts(C, n_max, args.n_min)
-        for c, n in zip(np.random.RandomState(args.seed).permutation(C), largest_first):  # as in ImageNet-LT, which class
-            counts[c] = n                                                                 # is how large is drawn
+        for c, n in zip(np.random.RandomState(args.seed).permutation(C), largest_first):
+            counts[c] = n  # which class is how large is drawn, as in ImageNet-LT
     elif counts := read_counts(args.long_tail):
-        print(f"class sizes of {args.long_tail}, another draw of images: accuracies will be near, not equal, to those on "
-              "the list that the sizes are of")
+        print(f"class sizes of {args.long_tail}, another draw of images: accuracies will be near, not equal, to those "
+              "on the list that the sizes are of")
     else:
         base = read_split(root, args.long_tail, C)
         return [len(paths) for paths in base], base
@@ -369,8 +373,8 @@ def long_tail(args, root, C, n_max):
 
 
 def make_folder(args, spec, root, out):
-    """All lists of a folder of class folders: imagenet, places365, CIFAR, any other; returns {list name: class sizes} of
-    those to train on."""
+    """All lists of a folder of class folders: imagenet, places365, CIFAR, any other; returns {list name: class sizes}
+    of those to train on."""
     if args.full:
         full = read_split(root, args.full)
         names = [Path(paths[0]).parent.name if paths else "" for paths in full]
@@ -394,7 +398,7 @@ def make_folder(args, spec, root, out):
     if args.long_tail:
         n_max = args.n_max or min(len(set(paths) - forbidden) for paths, forbidden in zip(full, held_out))
         sizes["lt"], base = long_tail(args, root, len(names), n_max)
-    for split in (val, base, None if published else test):  # ImageNet's own val/ is without class folders in some copies
+    for split in (val, base, None if published else test):  # some copies of ImageNet's val/ have no class folders
         refuse_other_numbering(split or [], names)
     ordered = order(base, full, held_out, args.seed)
     splits["train_full"] = [sorted(paths) for paths in ordered]
@@ -432,7 +436,7 @@ class Opened:
 def check(root, names, workers):
     """Print what is wrong with the lists `names` below root: files that are missing or do not decode, images that are
     twice in a list, or in the training and in the val or test lists (by name, and by content). Returns their number."""
-    part = {name: "val" if "val" in Path(name).stem else "test" if "test" in Path(name).stem else "train" for name in names}
+    part = {name: next((part for part in ("val", "test") if part in Path(name).stem), "train") for name in names}
     used, found = {}, []                                                  # path -> parts that use it
     for name in names:
         paths, labels = read_list(root, name)
@@ -471,20 +475,19 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0, help="of every choice: images, held-out images, order of the classes")
     p.add_argument("--overwrite", action="store_true", help="replace lists of other content")
     # the base long tail and its family
-    p.add_argument("--long-tail", help="alpha = 1: exponential, pareto, imagenet-lt (the published class sizes), a file with "
-                   "a class size a line, or a list file; default: CIFAR exponential, imagenet the published list")
+    p.add_argument("--long-tail", help="alpha = 1: exponential, pareto, imagenet-lt (the published class sizes), a "
+                   "file with a class size a line, or a list; default: CIFAR exponential, imagenet the published list")
     p.add_argument("--imbalance", type=float, default=100, help="exponential: largest over smallest class")
     p.add_argument("--n-max", type=int, help="images of the largest class; by default those of the smallest there is")
     p.add_argument("--n-min", type=int, default=5, help="pareto: images of the smallest class")
-    p.add_argument("--lt0", choices=("formula", "authors"), default="formula", help="alpha 0 by App. B's rounding (116 a "
-                   "class on ImageNet-LT), or N // C as the published list (115)")
+    p.add_argument("--lt0", choices=("formula", "authors"), default="formula", help="alpha 0 by App. B's rounding (116 "
+                   "a class on ImageNet-LT), or N // C as the published list (115)")
     p.add_argument("--full", help="list of all training images, in place of reading the folder train/")
-    p.add_argument("--holdout", type=int, help="training images of each class that become val.txt where the set has none: "
-                   "20, CIFAR 0")
+    p.add_argument("--holdout", type=int, help="training images of each class that become val.txt where the set has "
+                   "none: 20, CIFAR 0")
     # without images to be drawn
-    p.add_argument("--sizes", help="print the alpha family of a file of class sizes (or imagenet-lt), or of a list; writes "
-                   "nothing")
-    p.add_argument("--check", action="store_true", help="open every image of the lists in --data and report; writes nothing")
+    p.add_argument("--sizes", help="only print the alpha family of a file of class sizes, of imagenet-lt, or of a list")
+    p.add_argument("--check", action="store_true", help="only open every image of the lists in --data, and report")
     p.add_argument("--lists", nargs="+", help="of --check; default: all lists in --data")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="of --check")
     args = p.parse_args()
@@ -493,15 +496,18 @@ def parse_args():
     composed = args.dataset == "digits" and not args.check and not args.sizes
     needed = not composed and not args.sizes
     if composed and args.data:
-        raise InputError("the embedded digits come from the project itself; --out names their new folder, --dataset other data")
+        raise InputError("the embedded digits come from the project itself; --out names their new folder, --dataset "
+                         "other data")
     if needed and args.data is None:
         args.data = spec["root"]
     if needed and args.data is None:
-        raise InputError(f"--data names the folder; expected there {SOURCES.get(args.dataset, 'lists and their images')}")
+        raise InputError("--data names the folder; expected there "
+                         f"{SOURCES.get(args.dataset, 'lists and their images')}")
     if args.holdout is None:
         args.holdout = 0 if cifar else 20
     if args.long_tail and args.dataset in ("imagenet", "inat18", "digits"):
-        raise InputError(f"--dataset {args.dataset} has its own long tail; --long-tail goes with folder, places365 and CIFAR")
+        raise InputError(f"--dataset {args.dataset} has its own long tail; --long-tail goes with folder, places365 and "
+                         "CIFAR")
     if args.long_tail is None:
         args.long_tail = "exponential" if cifar else spec["train"] if args.dataset == "imagenet" else None
     if args.imbalance < 1 or min(args.holdout, args.workers) < 0 or args.n_min < 1 or (args.n_max or 1) < 1:
@@ -525,8 +531,8 @@ def main():
         if out.exists():
             raise InputError(f"{out} exists already; delete it or name another folder with --out")
         if args.imbalance > digits.PER_CLASS["train"]:
-            raise InputError(f"--imbalance {args.imbalance:g} must be between 1 and {digits.PER_CLASS['train']}: the largest "
-                             f"class has {digits.PER_CLASS['train']} images, the smallest at least 1")
+            raise InputError(f"--imbalance {args.imbalance:g} must be between 1 and {digits.PER_CLASS['train']}: the "
+                             f"largest class has {digits.PER_CLASS['train']} images, the smallest at least 1")
         counts = make_digits(out, args.seed, args.imbalance)
         print(f"cluttered digits, 10 classes, in {out}: " + ", ".join(f"{n} {s}" for s, n in digits.PER_CLASS.items()) +
               " images a class")
@@ -538,7 +544,7 @@ def main():
         if not root.is_dir():
             raise InputError(f"{root}: no such folder; expected there {SOURCES[args.dataset]}")
         if args.dataset == "inat18":
-            counts = {name: [len(paths) for paths in split] for name, split in make_inat(root, out, args.overwrite).items()}
+            counts = make_inat(root, out, args.overwrite)
         else:
             counts = make_folder(args, DATASETS[args.dataset], root, out)
     if not args.check and not args.sizes:

@@ -33,8 +33,8 @@ from resnet import ARCHS, load_backbone
 
 LR_GRID = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
 
-# The paper's second stage (sec. 3.1) by kind of data set and backbone (trained on logits, or contrastive); the digits' is
-# one for both, so that none is favoured. lr where the data set has no validation list that could choose.
+# The paper's second stage (sec. 3.1) by kind of data set and backbone (trained on logits, or contrastive); the digits'
+# is one for both, so that none is favoured. lr where the data set has no validation list that could choose.
 SETTINGS = {
     "photos": {"logits": dict(epochs=10, schedule="cosine", weight_decay=5e-4, batch=256, aug="sup", lr=0.1,
                               workers=min(8, os.cpu_count())),
@@ -65,9 +65,9 @@ def parse_args():
     # optimisation
     p.add_argument("--lr", type=float, nargs="+", help=f"one, or several for --val to choose from; default {LR_GRID}; "
                    "without a --val 0.1, contrastive 30")
-    p.add_argument("--epochs", type=int, help="100, for unknown backbones and those of losses on logits 10; CIFAR 30; digits 15")
+    p.add_argument("--epochs", type=int, help="100, for losses on logits and unknown backbones 10; CIFAR 30; digits 15")
     p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
-    p.add_argument("--weight-decay", type=float, help="0, for unknown backbones and those of losses on logits 5e-4; CIFAR, digits 0")
+    p.add_argument("--weight-decay", type=float, help="0; photographs after losses on logits, or unknown ones, 5e-4")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", help="default: <folder of the backbone>/<classifier>-<protocol>")
@@ -98,7 +98,8 @@ def parse_args():
     args.val = args.val or data.beside(args.data, args.list, spec["val"])
     args.sampler = args.sampler or ("instance" if args.protocol == "rep" else "class")
     if args.list == "none":
-        raise InputError(f"--dataset {args.dataset} has no balanced training list for --protocol rep; name one with --list")
+        raise InputError(f"--dataset {args.dataset} has no balanced training list for --protocol rep; name one with "
+                         "--list")
     if args.lr is None and args.val != "none":
         args.lr = list(LR_GRID)
     contrastive = run.get("loss") in ("cl", "kcl", "fcl", "supcon", "tsc")
@@ -261,7 +262,8 @@ def main():
                 "list": args.list, "counts": counts.tolist(), "counts_of": counts_of,
                 "list_sha256": data.sha256(data.find_list(args.data, counts_of)),
                 "name": Path(args.backbone).resolve().parent.name,
-                "protocol": f"{args.protocol}: {args.classifier} on {args.list}, {args.sampler} sampling, {args.epochs} epochs",
+                "protocol": f"{args.protocol}: {args.classifier} on {args.list}, {args.sampler} sampling, "
+                            f"{args.epochs} epochs",
                 "chosen": f"lr {args.lr[best]:g} {lr_from}", "val_top1": val_top1,
                 **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}
         torch.save(head, args.out / "head.pt")

@@ -6,8 +6,9 @@ Stage 1: train a representation with KCL, or with what it is compared with: CE, 
     torchrun --nproc_per_node=8 train_rep.py --loss kcl --data /path/to/imagenet --list ImageNet_LT_train.txt
 
 Writes to --out: backbone.pt (a plain state_dict in torchvision's names, no fc), for losses on logits (CE, Focal, LDAM,
-BBN) also head.pt, which evaluate.py reads, ckpt.pt (everything to resume: the same command goes on where it stopped) and log.jsonl (first line: command,
-settings, versions; then a line every --log-every steps). What comes next: train_linear.py.
+BBN) also head.pt, which evaluate.py reads, ckpt.pt (everything to resume: the same command goes on where it stopped)
+and log.jsonl (first line: command, settings, versions; then a line every --log-every steps). What comes next:
+train_linear.py.
 """
 import argparse
 import importlib.util
@@ -40,7 +41,7 @@ SUPERVISED = {"ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDA
 CONTRASTIVE = ("cl", "kcl", "fcl", "supcon", "tsc")                                              # on embeddings
 
 # The hyper-parameters by kind of data set and loss: the paper's Table 7 for photographs (batch 256 = 8 GPUs x 32,
-# BatchNorm sees 32 images), Cao et al. 2019 for CIFAR-LT, and scaled down for the digits. A flag on the command line wins.
+# BatchNorm sees 32 images), Cao et al. 2019 for CIFAR-LT, and scaled down for the digits. A flag wins.
 SETTINGS = {
     "photos": dict(arch="resnet50", batch=256, queue=65536, m=0.999, weight_decay=5e-4, save_every=1,
                    workers=min(8, os.cpu_count())),
@@ -64,12 +65,12 @@ def parse_args():
     # method
     p.add_argument("--loss", choices=(*SUPERVISED, *CONTRASTIVE), default="kcl",
                    help="fcl: all same-class keys of the queue; supcon: FCL inside the batch, as Khosla et al.")
-    p.add_argument("--num-positives", type=int, help="k of KCL, TSC; default 6, the paper's choice on ImageNet-LT's val")
+    p.add_argument("--num-positives", type=int, help="k of KCL, TSC; 6, the paper's choice on ImageNet-LT's val")
     p.add_argument("--temperature", type=float, default=0.07, help="T of the contrastive softmax")
     p.add_argument("--fixed-divisor", action="store_true", help="KCL: divide by k + 1 also where fewer are found")
     p.add_argument("--drop-unused", action="store_true", help="KCL: keys of the class not drawn leave the denominator")
     p.add_argument("--queue", type=int, help="K, keys in the queue: 65536, CIFAR 4096, digits 512")
-    p.add_argument("--m", type=float, help="momentum of the key encoder: 0.999; CIFAR, digits 0.99 (few steps an epoch)")
+    p.add_argument("--m", type=float, help="momentum of the key encoder: 0.999; CIFAR, digits 0.99")
     p.add_argument("--dim", type=int, default=128, help="d, size of the embedding")
     p.add_argument("--mlp", action="store_true", help="MoCo v2's two-layer head in place of the linear one")
     p.add_argument("--no-fill", action="store_true", help="start from a random queue without labels, as MoCo")
@@ -80,8 +81,8 @@ def parse_args():
                    help="default: what make_lt.py made of --data, else imagenet; without --data digits")
     p.add_argument("--data", help="the folder that the list's paths start from")
     p.add_argument("--list", help="training list, `path label` a line; looked up as given, then in --data")
-    p.add_argument("--val", help="validation list, by default from the folder of --list: no image of it may be in --list; "
-                   "`none` if there is none")
+    p.add_argument("--val", help="validation list, by default from the folder of --list: no image of it may be in "
+                   "--list; `none` if there is none")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), default="instance")
     p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="sup, cl moco; CIFAR cifar; digits affine")
     p.add_argument("--workers", type=int, help="data workers of each rank")
@@ -95,7 +96,8 @@ def parse_args():
     p.add_argument("--weight-decay", type=float, help="5e-4 (the paper takes 1e-4 on full ImageNet), CIFAR 2e-4")
     p.add_argument("--seed", type=int, default=0)
     # the run
-    p.add_argument("--out", help="default: runs/<folder of --data>-<list>-<loss>[-drw][-init][-<sampler>]-seed<n>[-<n>ranks]")
+    p.add_argument("--out", help="default: runs/<folder of --data>-<list>-<loss>[-drw][-init][-<sampler>]-seed<n>"
+                   "[-<n>ranks]")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; only then is the loss read")
     p.add_argument("--save-every", type=int, help="epochs between checkpoints: 1; CIFAR, digits 5")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds")
@@ -224,10 +226,10 @@ def main():
 
     # loss
     on_logits = {"ce": F.cross_entropy, "focal": baselines.focal_loss,
-                 "cb-focal": partial(baselines.focal_loss, gamma=0.5),  # Cui et al. on iNaturalist, with beta 0.999 below
+                 "cb-focal": partial(baselines.focal_loss, gamma=0.5),  # Cui et al. on iNaturalist; beta 0.999 below
                  "ldam": partial(baselines.ldam_loss, margins=baselines.ldam_margins(counts).to(device))}.get(args.loss)
     num_positives = {"cl": 0, "fcl": None}.get(args.loss, args.num_positives)
-    match_every = max(1, C // 100)  # steps; the Hungarian method takes 0.1 s for 1000 classes and hardly changes its mind
+    match_every = max(1, C // 100)  # steps: TSC's matching takes 0.1 s for 1000 classes, its authors do it every step
 
     def to_input(view):
         return data.normalize(view, spec["mean"], spec["std"], device)
@@ -241,7 +243,7 @@ def main():
         except Exception as error:  # half a dozen kinds
             raise InputError(f"{args.out / 'ckpt.pt'} does not load ({type(error).__name__}); --restart throws it "
                              "away") from None
-        free = {"out", "val", "workers", "check", "log_every", "save_every", "restart"}  # may differ without changing the run
+        free = {"out", "val", "workers", "check", "log_every", "save_every", "restart"}  # change no weight
         differ = [f"{name}: {ckpt['settings'].get(name)} there, {v} here" for name, v in head_line["settings"].items()
                   if name not in free and ckpt["settings"].get(name) != v]
         if differ:
@@ -287,7 +289,7 @@ def main():
         class_weight = None
         if args.loss == "cb-focal":
             class_weight = baselines.effective_number_weights(counts, 0.999).to(device)
-        if args.drw and epoch >= 0.8 * args.epochs:  # deferred to the last 20 %: their 160 of 200 (Cao et al. 2019, sec. 3.3)
+        if args.drw and epoch >= 0.8 * args.epochs:  # deferred: from 160 of 200 in Cao et al. 2019, sec. 3.3
             class_weight = baselines.effective_number_weights(counts, 0.9999).to(device)
         # each epoch seeds itself, another stream a rank: a resumed run draws what an undisturbed one does
         torch.manual_seed((args.seed * 1_000_003 + epoch) * 1_009 + ddp.rank())
@@ -356,7 +358,7 @@ def main():
              args.out / "backbone.pt")
         if args.loss in SUPERVISED:
             W, b = model.fc.weight.detach().cpu(), getattr(model.fc, "bias", torch.zeros(C)).detach().cpu()
-            if args.loss == "ldam":  # the cosine's other norm, that of the image's features, moves no class past another
+            if args.loss == "ldam":  # the cosine's other norm, of an image's features, is the same for all classes
                 W = F.normalize(W)
             how = SUPERVISED[args.loss] + "-DRW" * args.drw + " from another backbone" * bool(args.init)
             save({"weight": W.contiguous(), "bias": b, "backbone": "backbone.pt",

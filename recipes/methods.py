@@ -1,12 +1,12 @@
 """
 Every method on the embedded digits: alpha = 1, three seeds, one line of results/methods.jsonl for each method and seed.
 
-    .venv/bin/python recipes/methods.py              # about 2 hours on 2 cores; stop it any time, it goes on where it was
+    .venv/bin/python recipes/methods.py              # about an hour on 2 cores; stop it any time, it goes on from there
     .venv/bin/python recipes/methods.py --table      # only the table of what is there
     .venv/bin/python recipes/methods.py --smoke      # one epoch each, into runs/smoke, to see every step work
 
-Every method has train_rep.py's and train_linear.py's defaults for the digits: the same 120 epochs, batch, learning rate 0.1
-(CL: 0.03) and augmentation. Nothing is tuned but what the scripts choose on val: stage 2's learning rate, and tau.
+Every method has train_rep.py's and train_linear.py's defaults for the digits: the same 120 epochs, batch, learning rate
+0.1 (CL: 0.03) and augmentation. Nothing is tuned but what the scripts choose on val: stage 2's learning rate, and tau.
 """
 import argparse
 import json

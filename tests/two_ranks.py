@@ -8,7 +8,7 @@ import ddp
 import det_data
 import resnet
 import transfer_det
-from baselines import supcon_loss
+from baselines import BBN, Targets, bbn_loss, supcon_loss
 from moco import MoCo
 
 
@@ -62,6 +62,23 @@ def main():
     supcon_loss(z, ddp.gather(torch.full((4,), 2 * rank))).backward()
     for p, expected in zip(net.parameters(), alone.encoder_q.parameters()):
         assert torch.allclose(p.grad, expected.grad, atol=1e-6)
+
+    # two forwards of one network in a step, as BBN's: DDP averages the gradients of both
+    bbn = BBN(resnet.ARCHS["resnet8"], 3)
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(rank))
+    both_branches = ddp.wrap(bbn)
+    bbn_loss(both_branches(x, x.flip(0), 0.3), torch.arange(4) % 3, torch.arange(4) % 2, 0.3).backward()
+    both = ddp.gather(torch.cat([p.grad.flatten() for p in bbn.parameters()])[None])
+    assert torch.equal(both[0], both[1]) and all(p.grad.abs().sum() > 0 for p in bbn.parameters())
+
+    # TSC: every rank has seen every query, so all agree on means and targets
+    torch.manual_seed(0)
+    targets = Targets(3, 5)
+    q = F.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(rank)))
+    targets.follow(ddp.gather(q), ddp.gather(torch.arange(4) % 3))
+    targets.assign()
+    both = ddp.gather(torch.cat([targets.means.flatten(), targets.of_classes().flatten()])[None])
+    assert torch.equal(both[0], both[1])
 
     # no image on two ranks, none missing
     images = list(data.eval_loader(range(11), 2, 0))

@@ -19,6 +19,10 @@ import torch.nn.functional as F
 
 from kcl import choose_positives
 
+# train_rep.py --loss, kcl.py's among them, and the name in tables of those that train a classifier along
+SUPERVISED = {"ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDAM", "bbn": "BBN"}  # on logits
+CONTRASTIVE = ("cl", "kcl", "fcl", "supcon", "tsc")                                              # on embeddings
+
 
 # ---- re-weighting
 

@@ -199,12 +199,11 @@ def write_splits(out, splits, overwrite=False, keep=()):
     """Write the lists {name: split}, but not those to keep, and the halves of all (class_split) as <half>/<name>.txt,
     their labels renumbered from 0."""
     for name, split in splits.items():
-        if split and name not in keep:
+        if name not in keep:
             write(out / f"{name}.txt", list_text(split), overwrite)
         for how in ("overlap", "independent"):
-            for side, classes in zip(("source", "target"), class_split(len(split or []), how)):
-                if split:
-                    write(out / f"{how}_{side}" / f"{name}.txt", list_text([split[c] for c in classes]), overwrite)
+            for side, classes in zip(("source", "target"), class_split(len(split), how)):
+                write(out / f"{how}_{side}" / f"{name}.txt", list_text([split[c] for c in classes]), overwrite)
 
 
 def rows_of(counts):
@@ -393,7 +392,7 @@ def make_folder(args, spec, root, out):
     else:
         val, test = scanned_lists(root, names, full, args.holdout, args.seed)
 
-    splits, sizes, base = {"val": val, "test": test}, {}, None
+    splits, sizes, base = {"val": val, "test": test} if val else {"test": test}, {}, None
     held_out = [set(paths) for paths in val] if val else [set()] * len(names)
     if args.long_tail:
         n_max = args.n_max or min(len(set(paths) - forbidden) for paths, forbidden in zip(full, held_out))
@@ -406,10 +405,11 @@ def make_folder(args, spec, root, out):
         sizes = {**family_counts(sizes["lt"], args.lt0), **sizes}
     for name, n in sizes.items():
         splits[f"train_{name}"] = [sorted(paths) for paths in take(ordered, n, f"train_{name}")]
+    keep = {}
     if published:  # they stay as they are, under their own names
-        names = {"train_lt": spec["train"], "val": spec["val"], "test": spec["test"]}
-        splits = {Path(names.get(name, name)).stem: split for name, split in splits.items()}
-    write_splits(out, splits, args.overwrite, keep=[Path(name).stem for name in names.values()] if published else [])
+        keep = {"train_lt": Path(spec["train"]).stem, "val": Path(spec["val"]).stem, "test": Path(spec["test"]).stem}
+        splits = {keep.get(name, name): split for name, split in splits.items()}
+    write_splits(out, splits, args.overwrite, keep.values())
     return {name: [len(paths) for paths in split] for name, split in splits.items() if "train" in name}
 
 
@@ -494,15 +494,13 @@ def parse_args():
     spec = DATASETS[args.dataset]
     cifar = spec["kind"] == "cifar"
     composed = args.dataset == "digits" and not args.check and not args.sizes
-    needed = not composed and not args.sizes
     if composed and args.data:
         raise InputError("the embedded digits come from the project itself; --out names their new folder, --dataset "
                          "other data")
-    if needed and args.data is None:
-        args.data = spec["root"]
-    if needed and args.data is None:
-        raise InputError("--data names the folder; expected there "
-                         f"{SOURCES.get(args.dataset, 'lists and their images')}")
+    if not composed and not args.sizes:
+        args.data = args.data or spec["root"]
+        if args.data is None:
+            raise InputError(f"--data names the folder; expected there {SOURCES[args.dataset]}")
     if args.holdout is None:
         args.holdout = 0 if cifar else 20
     if args.long_tail and args.dataset in ("imagenet", "inat18", "digits"):

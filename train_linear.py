@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 import data
 import ddp
+from baselines import CONTRASTIVE
+from checkpoint import settings_of
 from ddp import InputError
 from resnet import ARCHS, load_backbone
 
@@ -75,12 +77,7 @@ def parse_args():
 
     if not Path(args.backbone).is_file():
         raise InputError(f"{args.backbone}: no such file; expected a backbone.pt, which train_rep.py writes")
-    log = Path(args.backbone).with_name("log.jsonl")
-    try:
-        run = json.loads(log.read_text().splitlines()[0])["settings"] if log.exists() else {}
-    except (ValueError, LookupError):
-        raise InputError(f"{log}, line 1: expected the settings that train_rep.py writes; move a foreign file "
-                         "away") from None
+    run = settings_of(args.backbone)
     for name in ("arch", "dataset", "data"):
         if getattr(args, name) is None:
             setattr(args, name, run.get(name))
@@ -102,7 +99,7 @@ def parse_args():
                          "--list")
     if args.lr is None and args.val != "none":
         args.lr = list(LR_GRID)
-    contrastive = run.get("loss") in ("cl", "kcl", "fcl", "supcon", "tsc")
+    contrastive = run.get("loss") in CONTRASTIVE
     for name, value in SETTINGS[spec["kind"]]["contrastive" if contrastive else "logits"].items():
         if getattr(args, name) is None:
             setattr(args, name, [value] if name == "lr" else value)

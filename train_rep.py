@@ -29,16 +29,16 @@ import torchvision
 from tqdm import tqdm
 
 import baselines
+import checkpoint
 import data
 import ddp
 import make_lt
+from baselines import CONTRASTIVE, SUPERVISED
+from checkpoint import save
 from ddp import InputError
 from kcl import kcl_loss
 from moco import MoCo, with_head
 from resnet import ARCHS, load_backbone
-
-SUPERVISED = {"ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDAM", "bbn": "BBN"}  # losses on logits
-CONTRASTIVE = ("cl", "kcl", "fcl", "supcon", "tsc")                                              # on embeddings
 
 # The hyper-parameters by kind of data set and loss: the paper's Table 7 for photographs (batch 256 = 8 GPUs x 32,
 # BatchNorm sees 32 images), Cao et al. 2019 for CIFAR-LT, and scaled down for the digits. A flag wins.
@@ -166,12 +166,6 @@ def header(args):
             "git": git, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def save(state, path):
-    """All or nothing: a run killed while it writes leaves the file before intact."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
 def main():
     device = ddp.init()
     args = parse_args()
@@ -238,17 +232,8 @@ def main():
     first_epoch, head_line = 0, header(args)
     ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in head_line["settings"].items()))
     if (args.out / "ckpt.pt").exists() and not args.restart:
-        try:
-            ckpt = torch.load(args.out / "ckpt.pt", map_location=device, weights_only=True)
-        except Exception as error:  # half a dozen kinds
-            raise InputError(f"{args.out / 'ckpt.pt'} does not load ({type(error).__name__}); --restart throws it "
-                             "away") from None
-        free = {"out", "val", "workers", "check", "log_every", "save_every", "restart"}  # change no weight
-        differ = [f"{name}: {ckpt['settings'].get(name)} there, {v} here" for name, v in head_line["settings"].items()
-                  if name not in free and ckpt["settings"].get(name) != v]
-        if differ:
-            raise InputError(f"{args.out} holds a run with other settings ({differ[0]}); name another --out, or "
-                             "--restart to throw it away")
+        free = {"out", "val", "workers", "check", "log_every", "save_every", "restart"}
+        ckpt = checkpoint.load(args.out, head_line["settings"], free, device)
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         first_epoch = ckpt["epoch"]

@@ -42,8 +42,10 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, RoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from tqdm import tqdm
 
+import checkpoint
 import data
 import ddp
+from checkpoint import save, settings_of
 from ddp import InputError
 from det_data import Scenes, coco_mask, read_datasets, to_input, to_mask, to_rle, train_loader
 from resnet import ARCHS, load_backbone
@@ -469,12 +471,7 @@ def parse_args():
             raise InputError(f"{args.pretrained}: no such file; " + ("expected a backbone.pt" if given else
                              f"run `python train_rep.py --loss kcl --seed {args.seed}` first, about 3 minutes") +
                              ", or say --pretrained none")
-        log = Path(args.pretrained).with_name("log.jsonl")
-        try:
-            run = json.loads(log.read_text().splitlines()[0])["settings"] if log.exists() else {}
-        except (ValueError, LookupError):
-            raise InputError(f"{log}, line 1: expected the settings that train_rep.py writes; move a foreign file "
-                             "away") from None
+        run = settings_of(args.pretrained)
     args.schedule = args.schedule or ("2x" if args.dataset == "coco" else None)
     if (args.dataset, args.schedule) not in SCHEDULES:
         raise InputError(f"--schedule {args.schedule} is COCO's; say --iterations on {args.dataset}")
@@ -514,12 +511,6 @@ def parameter_groups(detector, weight_decay):
     norms = [p for m in detector.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()]
     rest = [p for p in detector.parameters() if all(p is not q for q in norms)]
     return [{"params": rest, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
-
-
-def save(state, path):
-    """All or nothing: a run killed while it writes leaves the file before intact."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
 
 
 def main():
@@ -575,17 +566,8 @@ def main():
     ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in settings.items()))
     first = 0
     if (args.out / "ckpt.pt").exists() and not args.restart:
-        try:
-            ckpt = torch.load(args.out / "ckpt.pt", map_location=device, weights_only=True)
-        except Exception as error:  # half a dozen kinds
-            raise InputError(f"{args.out / 'ckpt.pt'} does not load ({type(error).__name__}); --restart throws it "
-                             "away") from None
-        free = {"out", "split", "workers", "log_every", "save_every", "show", "restart", "table"}  # change no weight
-        differ = [f"{name}: {ckpt['settings'].get(name)} there, {v} here" for name, v in settings.items()
-                  if name not in free and ckpt["settings"].get(name) != v]
-        if differ:
-            raise InputError(f"{args.out} holds a run with other settings ({differ[0]}); name another --out, or "
-                             "--restart to throw it away")
+        free = {"out", "split", "workers", "log_every", "save_every", "show", "restart", "table"}
+        ckpt = checkpoint.load(args.out, settings, free, device)
         detector.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         first = ckpt["iteration"]

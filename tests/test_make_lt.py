@@ -445,7 +445,7 @@ def test_small_refusals(script, tmp_path):
         script(make_lt, "--dataset", "folder", "--data", tmp_path)
 
 
-def test_no_refusal_is_needed_for_plain_counts():
+def test_take_refuses_what_is_not_there():
     with pytest.raises(InputError, match="wants 3 images of class 1, but there are 2"):
         make_lt.take([["a", "b", "c"], ["d", "e"]], [1, 3], "x")
     assert make_lt.take([["a", "b", "c"], ["d", "e"]], [1, 2], "x") == [["a"], ["d", "e"]]

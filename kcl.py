@@ -5,6 +5,7 @@ k-positive contrastive learning (KCL): the loss. Needs torch and nothing else; c
     loss = kcl_loss(q, k, queue, labels, queue_labels)                       # KCL, k = 6
     loss = kcl_loss(q, k, queue, labels, queue_labels, num_positives=0)      # CL: MoCo's InfoNCE, eq. 2
     loss = kcl_loss(q, k, queue, labels, queue_labels, num_positives=None)   # FCL: all same-class keys are positives
+    loss = fast_kcl_loss(q, k, queue, labels, queue_labels)                  # the same, without a (B, K) tensor
 
 "Exploring Balanced Feature Spaces for Representation Learning", Kang, Li, Xie, Yuan, Feng, ICLR 2021, eq. 4.
 """
@@ -27,6 +28,17 @@ def choose_positives(labels, queue_labels, num_positives=6):
     return torch.zeros_like(same).scatter_(1, winners, True) & same
 
 
+def check(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor):
+    """Raise ValueError on shapes or settings that do not fit."""
+    (B, d), K = q.shape, len(queue)
+    if k.shape != (B, d) or queue.shape != (K, d) or labels.shape != (B,) or queue_labels.shape != (K,):
+        raise ValueError("expected q (B, d), k (B, d), queue (K, d), labels (B,), queue_labels (K,); got " +
+                         ", ".join(str(tuple(x.shape)) for x in (q, k, queue, labels, queue_labels)))
+    if num_positives is not None and num_positives < 0 or num_positives is None and fixed_divisor or temperature <= 0:
+        raise ValueError("expected temperature > 0, and num_positives >= 0, or None for all, which has no fixed "
+                         f"divisor; got {temperature}, {num_positives} with fixed_divisor={fixed_divisor}")
+
+
 def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.07,
              fixed_divisor=False, drop_unused=False):
     """The k-positive contrastive loss, eq. 4: the mean over queries i of
@@ -46,16 +58,9 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
     Returns a scalar, in fp32 also under autocast and for half inputs (float64 stays float64); finite for any queue,
     with K = 0 or no positive in it too. Raises ValueError on shapes or settings that do not fit.
     """
-    (B, d), K = q.shape, len(queue)
-    if k.shape != (B, d) or queue.shape != (K, d) or labels.shape != (B,) or queue_labels.shape != (K,):
-        raise ValueError("expected q (B, d), k (B, d), queue (K, d), labels (B,), queue_labels (K,); got " +
-                         ", ".join(str(tuple(x.shape)) for x in (q, k, queue, labels, queue_labels)))
-    if num_positives is not None and num_positives < 0 or num_positives is None and fixed_divisor or temperature <= 0:
-        raise ValueError("expected temperature > 0, and num_positives >= 0, or None for all, which has no fixed "
-                         f"divisor; got {temperature}, {num_positives} with fixed_divisor={fixed_divisor}")
-
+    check(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor)
     positive = choose_positives(labels, queue_labels, num_positives)      # (B, K)
-    own = positive.new_ones(B, 1)                                         # slot 0, the own other view, always counts
+    own = positive.new_ones(len(q), 1)                                    # slot 0, the own other view, always counts
     with torch.autocast(q.device.type, enabled=False):                    # exp(1/0.07) = 1.6e6 overflows fp16
         q, k, queue = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k.detach(), queue.detach()))
         logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature  # (B, 1+K)
@@ -67,3 +72,95 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
         summed = log_p.where(positive, 0).sum(1)                          # where, not *: -inf * 0 is nan
         divisor = 1 + num_positives if fixed_divisor else positive.sum(1)
         return -(summed / divisor).mean()
+
+
+# ---- the same at the cost of the two matmuls that cannot be avoided, q @ queue^T and softmax @ queue: for large B and K
+
+def choose_slots(labels, queue_labels, num_positives=6):
+    """What choose_positives does, without a (B, K) mask: slots (B, k) int64 and taken (B, k) bool, k = num_positives.
+
+    The queue is sorted by label, in random order inside each; a query takes k neighbours from a random place of its
+    label's range, wrapping. So every subset is equally likely, as a lottery's, though queries of one class share the order.
+    """
+    order = (queue_labels.long() * 2**32 + torch.randint(2**32, queue_labels.shape, device=queue_labels.device)).argsort()
+    by_label = queue_labels[order]                                        # (K,)
+    first = torch.searchsorted(by_label, labels)                          # (B,)
+    n = (torch.searchsorted(by_label, labels, right=True) - first) * (labels >= 0)
+    step = torch.arange(num_positives, device=labels.device)
+    start = (torch.rand(len(labels), device=labels.device, dtype=torch.float64) * n).long()
+    place = first[:, None] + (start[:, None] + step) % n.clamp(min=1)[:, None]                  # (B, k)
+    return order[place.clamp(max=len(order) - 1)], step < n[:, None]
+
+
+def class_sums(labels, queue, queue_labels):
+    """FCL's positives: the sum (B, d) and number (B,) of the queue's keys of each query's class, no (B, K) mask either."""
+    classes = labels.sort().values                                        # (B,), a class may be there more than once
+    at = torch.searchsorted(classes, queue_labels).clamp(max=len(classes) - 1)
+    at = at.where((classes[at] == queue_labels) & (queue_labels >= 0), len(classes))            # (K,), B = of no query
+    sums = queue.new_zeros(len(classes) + 1, queue.shape[1]).index_add_(0, at, queue)
+    n = torch.zeros(len(classes) + 1, dtype=torch.long, device=at.device).index_add_(0, at, torch.ones_like(at))
+    mine = torch.searchsorted(classes, labels)                            # the first place of the query's class
+    return sums[mine] * (labels >= 0)[:, None], n[mine] * (labels >= 0)
+
+
+class FusedKCL(torch.autograd.Function):
+    """Loss and its gradient in one pass over chunks of the queue. Both sides are unit vectors, so |logit| <= 1/T and a
+    fixed shift by 1/T keeps exp inside fp32; no running maximum. With Z the sum of exp over own view and queue, m the
+    positives and D the divisor, a query's loss is (m log Z - sum of positive logits) / D, and
+    d loss / d q = (m softmax-weighted mean of the keys - sum of positive keys) / (D T)."""
+
+    @staticmethod
+    def forward(ctx, q, k, queue, positive_sum, m, divisor, forbidden, temperature, chunk):
+        own = ((q * k).sum(1) - 1) / temperature                          # (B,), shifted by 1/T
+        e = own.exp()
+        Z, weighted = e.clone(), e[:, None] * k                           # (B,), (B, d)
+        for begin in range(0, len(queue), chunk):
+            keys = queue[begin:begin + chunk]                             # (c, d)
+            e = torch.addmm(q.new_tensor(-1 / temperature), q, keys.T, alpha=1 / temperature).exp_()  # (B, c)
+            if forbidden is not None:
+                e.masked_fill_(forbidden(begin, begin + len(keys)), 0)
+            Z += e.sum(1)
+            weighted.addmm_(e, keys)
+        positive_logits = (q * positive_sum).sum(1) / temperature         # their sum, not shifted
+        ctx.save_for_backward(((m / Z)[:, None] * weighted - positive_sum) / (divisor[:, None] * temperature * len(q)))
+        return ((m * (Z.log() + 1 / temperature) - positive_logits) / divisor).mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("fast_kcl_loss has no second derivative; use kcl_loss")
+        return grad * ctx.saved_tensors[0], *[None] * 8
+
+
+def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.07,
+                  fixed_divisor=False, drop_unused=False, chunk=1024):
+    """kcl_loss with the same arguments, result and errors, but other draws of the positives: its memory beyond the inputs
+    is a few (B, chunk) and (B, d) tensors, its time that of two matmuls. Rows must be unit vectors, or it overflows.
+
+    Below T = 0.03, where exp(-2 / T) underflows, and with an empty queue it is kcl_loss itself. Differentiable once: a
+    second derivative raises RuntimeError.
+    """
+    check(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor)
+    if temperature < 0.03 or not len(queue):
+        return kcl_loss(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor, drop_unused)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, queue = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k.detach(), queue.detach()))
+        slots = taken = None
+        if num_positives is None:
+            positive_sum, found = class_sums(labels, queue, queue_labels)
+        else:
+            slots, taken = choose_slots(labels, queue_labels, num_positives)
+            positive_sum, found = (queue[slots] * taken[:, :, None]).sum(1), taken.sum(1)
+
+        def forbidden(begin, end):
+            """(B, end - begin): the keys of the query's class that were not drawn."""
+            same = (labels[:, None] == queue_labels[begin:end]) & (labels >= 0)[:, None]
+            inside = taken & (slots >= begin) & (slots < end)
+            at = (slots - begin).where(inside, end - begin)               # one column more, for what lies elsewhere
+            drawn = same.new_zeros(len(same), end - begin + 1).scatter_(1, at, True)
+            return same & ~drawn[:, :-1]
+
+        m = (1 + found).to(q.dtype)                                       # (B,)
+        divisor = torch.full_like(m, 1 + num_positives) if fixed_divisor else m
+        return FusedKCL.apply(q, k, queue, k + positive_sum, m, divisor,
+                              forbidden if drop_unused and num_positives is not None else None, temperature, chunk)

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kcl import choose_positives, kcl_loss
+import kcl
+from kcl import choose_positives, fast_kcl_loss, kcl_loss
 
 
 def batch(B=5, K=37, d=8, classes=4, seed=0, dtype=torch.float64):
@@ -152,3 +153,91 @@ def test_bad_arguments_are_one_sentence():
         kcl_loss(q, k, queue, labels, queue_labels, temperature=0)
     with pytest.raises(ValueError, match="fixed_divisor"):
         kcl_loss(q, k, queue, labels, queue_labels, None, fixed_divisor=True)
+
+
+# ---- the fast form
+
+@pytest.mark.parametrize("B, K, C", [(5, 37, 3), (8, 3000, 10), (3, 1, 2), (1, 64, 1)])
+@pytest.mark.parametrize("num_positives", [0, None, "all by number"])
+@pytest.mark.parametrize("fixed_divisor, drop_unused", [(False, False), (True, False), (False, True), (True, True)])
+def test_fast_loss_is_the_plain_one(B, K, C, num_positives, fixed_divisor, drop_unused):
+    """Value and gradient, for choices without chance, whatever the chunk; labels of -1 among queries and keys."""
+    if num_positives is None and fixed_divisor:
+        return
+    k_all = K + 3 if num_positives == "all by number" else num_positives
+    g = torch.Generator().manual_seed(B * K)
+    q, k, queue = (F.normalize(torch.randn(n, 16, generator=g, dtype=torch.float64), dim=1) for n in (B, B, K))
+    y, queue_y = torch.randint(-1, C, (B,), generator=g), torch.randint(-1, C, (K,), generator=g)
+    q.requires_grad_()
+    plain = kcl_loss(q, k, queue, y, queue_y, k_all, 0.07, fixed_divisor, drop_unused)
+    expected = torch.autograd.grad(plain, q)[0]
+    for chunk in (7, 1024):
+        fast = fast_kcl_loss(q, k, queue, y, queue_y, k_all, 0.07, fixed_divisor, drop_unused, chunk)
+        assert torch.allclose(fast, plain, atol=1e-10) and torch.allclose(torch.autograd.grad(fast, q)[0], expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("drop_unused", [False, True])
+def test_fast_loss_with_drawn_positives(monkeypatch, drop_unused):
+    """Both with the same draw: the plain loss is handed the slots that the fast one chose."""
+    torch.manual_seed(0)
+    q, k, queue = (F.normalize(torch.randn(n, 8), dim=1) for n in (6, 6, 200))
+    y, queue_y = torch.tensor([0, 1, 2, 0, 3, -1]), torch.randint(0, 3, (200,))
+    slots, taken = kcl.choose_slots(y, queue_y, 4)
+    mask = torch.zeros(6, 200, dtype=torch.bool)
+    for i in range(6):
+        for j in range(4):
+            if taken[i, j]:
+                mask[i, slots[i, j]] = True
+    choose = kcl.choose_positives
+    monkeypatch.setattr(kcl, "choose_slots", lambda *args: (slots, taken))
+    monkeypatch.setattr(kcl, "choose_positives", lambda y, queue_y, k: choose(y, queue_y, k) if k is None else mask)
+    q.requires_grad_()
+    losses = [f(q, k, queue, y, queue_y, 4, 0.07, False, drop_unused) for f in (kcl_loss, fast_kcl_loss)]
+    grads = [torch.autograd.grad(loss, q)[0] for loss in losses]
+    assert torch.allclose(*losses, rtol=1e-6) and torch.allclose(*grads, atol=1e-6)
+
+
+def test_fast_choice_is_uniform_without_replacement_and_of_the_class():
+    torch.manual_seed(0)
+    queue_y = torch.tensor([0, 1, 1, 0, 2, 1, 1, -1, 1, 1])              # class 1: slots 1 2 5 6 8 9, class 0: 0 3
+    y, n = torch.tensor([1, 0, 3, -1]), 20_000
+    count, pairs = torch.zeros(10), {}
+    for _ in range(n):
+        slots, taken = kcl.choose_slots(y, queue_y, 3)
+        mine = slots[0].tolist()
+        assert taken.tolist() == [[True] * 3, [True, True, False], [False] * 3, [False] * 3]
+        assert len(set(mine)) == 3 and set(slots[1, :2].tolist()) == {0, 3}
+        count[mine] += 1
+        pairs[tuple(sorted(mine))] = pairs.get(tuple(sorted(mine)), 0) + 1
+    assert torch.allclose(count[[1, 2, 5, 6, 8, 9]] / n, torch.full((6,), 0.5), atol=0.02) and count.sum() == 3 * n
+    assert len(pairs) == 20 and all(abs(c / n - 1 / 20) < 0.008 for c in pairs.values())  # every subset of 3 of 6
+
+
+def test_fast_loss_in_fp32_stands_by_float64():
+    """S4: loss and gradient within 1e-6 of the plain loss in float64, also where q and key agree to the last bit."""
+    torch.manual_seed(0)
+    q, queue = (F.normalize(torch.randn(n, 128), dim=1) for n in (32, 4096))
+    y, queue_y = torch.randint(0, 50, (32,)), torch.randint(0, 50, (4096,))
+    q.requires_grad_()
+    loss = fast_kcl_loss(q, q.detach(), queue, y, queue_y, None)
+    grad = torch.autograd.grad(loss, q)[0]
+    exact = kcl_loss(q.double(), q.detach().double(), queue.double(), y, queue_y, None)
+    expected = torch.autograd.grad(exact, q)[0]
+    assert abs(loss.item() / exact.item() - 1) < 1e-6 and (grad - expected).norm() / expected.norm() < 1e-6
+
+
+def test_fast_loss_edges():
+    q, k = (F.normalize(torch.randn(3, 4), dim=1) for _ in range(2))
+    y, none = torch.tensor([0, 1, 2]), (torch.empty(0, 4), torch.empty(0, dtype=torch.long))
+    assert fast_kcl_loss(q, k, none[0], y, none[1]).item() == 0            # nothing but the own view
+    queue, queue_y = F.normalize(torch.randn(9, 4), dim=1), torch.tensor([5] * 9)
+    assert fast_kcl_loss(q, k, queue, y, queue_y).item() == pytest.approx(kcl_loss(q, k, queue, y, queue_y).item(), rel=1e-5)
+    assert fast_kcl_loss(q, k, queue, y, queue_y, temperature=0.001).isfinite()
+    q.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fast_kcl_loss(q.bfloat16(), k.bfloat16(), queue.bfloat16(), y, queue_y)
+    assert loss.dtype == torch.float32
+    with pytest.raises(RuntimeError, match="no second derivative; use kcl_loss"):
+        torch.autograd.grad(fast_kcl_loss(q, k, queue, y, queue_y), q, create_graph=True)
+    with pytest.raises(ValueError, match="expected q"):
+        fast_kcl_loss(q, k[:2], queue, y, queue_y)

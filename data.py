@@ -6,9 +6,11 @@ the bytes) and are normalised on the device. Which images an epoch draws and how
 the epoch and the position in the epoch, and on nothing else: not on the number of ranks or workers.
 """
 import hashlib
+import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
@@ -164,6 +166,69 @@ AUGMENTATIONS = {  # name -> steps for PIL images
 def augmentation(name, pixels):
     """A random PIL -> uint8 (3, pixels, pixels) transform by name."""
     return T.Compose([*AUGMENTATIONS[name](pixels), T.PILToTensor()])
+
+
+def uniforms(seed, n):
+    """(B,) int64 seeds -> (B, n) float64 in [0, 1): the numbers of a seed depend on nothing else, neither on the batch
+    that it is in nor on the device. SplitMix64 (Steele et al. 2014) at seed * 2^20 + column, its upper 53 bits."""
+    def mix(z, shift, factor):
+        return (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor        # >> keeps the sign: mask it off
+
+    z = seed[:, None] * 2**20 + torch.arange(1, n + 1, device=seed.device)
+    z = mix(mix(z * -0x61C8864680B583EB, 30, -0x40A7B892E31B1A47), 27, -0x6B2FB644ECCEEE15)
+    return ((z ^ (z >> 31 & (1 << 33) - 1)) >> 11 & (1 << 53) - 1).double() / 2**53
+
+
+def warp(images, theta):
+    """Sample uint8 (B, 3, H, W) at the affine map theta (B, 2, 3) of output to input, in [-1, 1] coordinates, bilinear,
+    black outside; uint8 again."""
+    grid = F.affine_grid(theta.float(), images.shape, align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False).round_().to(torch.uint8)
+
+
+def batched_affine(images, u):
+    """RandomAffine(15, (0.1, 0.1), (0.85, 1.15)) of a batch; u (B, 4) uniform."""
+    angle, scale = (2 * u[:, 0] - 1) * math.radians(15), 0.85 + 0.3 * u[:, 3]
+    H, W = images.shape[-2:]
+    dx, dy = ((0.1 * side * (2 * u[:, i] - 1)).round() * 2 / side for i, side in ((1, W), (2, H)))  # whole pixels, as T's
+    cos, sin = angle.cos() / scale, angle.sin() / scale                   # the inverse map: rotate back, scale back
+    back = torch.stack([cos, sin, -sin, cos], dim=1).view(-1, 2, 2)
+    shift = -(back @ torch.stack([dx, dy], dim=1)[:, :, None])
+    return warp(images, torch.cat([back, shift], dim=2))
+
+
+def batched_crop_flip(images, u, padding=4):
+    """RandomCrop(H, padding) and RandomHorizontalFlip of a batch; u (B, 3) uniform."""
+    B, _, H, W = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    y, x = ((u[:, i] * (2 * padding + 1)).long()[:, None] for i in (0, 1))
+    rows, columns = y + torch.arange(H, device=u.device), x + torch.arange(W, device=u.device)
+    columns = torch.where(u[:, 2:3] < 0.5, columns, columns.flip(1))
+    return padded[torch.arange(B, device=u.device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+BATCHED = {"affine": (batched_affine, 4), "cifar": (batched_crop_flip, 3)}  # name -> function, uniforms that it takes
+
+
+class InMemory:
+    """The batches of train_loader, from a set that lies in the device's memory as uint8, augmented there, a batch at a
+    time. For the digits and CIFAR, whose images are too small to be worth a data worker."""
+
+    def __init__(self, dataset, draws, aug, num_views, device):
+        """dataset: an ImageList with the center transform."""
+        self.draws, self.num_views, (self.augment, self.n) = draws, num_views, BATCHED[aug]
+        self.images = torch.stack([dataset[i][0][0] for i in range(len(dataset))]).to(device)  # (N, 3, H, W) uint8
+        self.labels, self.batch = dataset.labels.to(device), draws.batch // ddp.world()
+
+    def __len__(self):
+        return len(self.draws) // self.batch
+
+    def __iter__(self):
+        index, seed = torch.tensor(list(self.draws), device=self.images.device).T                # all of the epoch's
+        for i, s in zip(index.split(self.batch), seed.split(self.batch)):
+            u = uniforms(s, self.n * self.num_views).split(self.n, dim=1)
+            images = self.images[i]
+            yield [self.augment(images, v) for v in u], self.labels[i], i
 
 
 def center(pixels, resize):

@@ -177,20 +177,25 @@ def main():
             print(f"composing the embedded digits in {args.data}")
             make_lt.make_digits(args.data)
         torch.distributed.barrier()
-    dataset = data.ImageList(args.data, args.list, data.augmentation(args.aug, spec["pixels"]),
-                             num_views=2 if args.loss in CONTRASTIVE else 1)
+    num_views = 2 if args.loss in CONTRASTIVE else 1
+    in_memory = spec["kind"] != "photos" and args.workers == 0 and args.aug in data.BATCHED
+    transform = (data.center(spec["pixels"], spec["resize"]) if in_memory else
+                 data.augmentation(args.aug, spec["pixels"]))
+    dataset = data.ImageList(args.data, args.list, transform, 1 if in_memory else num_views)
     if args.val != "none":
         data.refuse_overlap(args.data, args.list, args.val)
     if args.check and ddp.rank() == 0:
         if faults := make_lt.check(args.data, {args.list, args.val} - {"none"}, args.workers):
             raise InputError(f"{faults:,} faults in {args.list} or {args.val}, listed above")
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
-    loader = data.train_loader(dataset, draws, args.workers)
+    loader = (data.InMemory(dataset, draws, args.aug, num_views, device) if in_memory else
+              data.train_loader(dataset, draws, args.workers))
     counts = data.class_counts(dataset.labels)
     C = len(counts)
     if args.loss == "bbn":  # a second stream, for its second branch
         reversed_draws = data.Draws(dataset.labels, "reversed", args.batch, args.epochs, args.seed + 1)
-        reversed_loader = data.train_loader(dataset, reversed_draws, args.workers)
+        reversed_loader = (data.InMemory(dataset, reversed_draws, args.aug, num_views, device) if in_memory else
+                           data.train_loader(dataset, reversed_draws, args.workers))
 
     # model
     torch.manual_seed(args.seed)  # the same on all ranks: the same weights and the same random queue

@@ -190,7 +190,7 @@ def batched_affine(images, u):
     """RandomAffine(15, (0.1, 0.1), (0.85, 1.15)) of a batch; u (B, 4) uniform."""
     angle, scale = (2 * u[:, 0] - 1) * math.radians(15), 0.85 + 0.3 * u[:, 3]
     H, W = images.shape[-2:]
-    dx, dy = ((0.1 * side * (2 * u[:, i] - 1)).round() * 2 / side for i, side in ((1, W), (2, H)))  # whole pixels, as T's
+    dx, dy = ((0.1 * side * (2 * u[:, i] - 1)).round() * 2 / side for i, side in ((1, W), (2, H)))  # whole pixels
     cos, sin = angle.cos() / scale, angle.sin() / scale                   # the inverse map: rotate back, scale back
     back = torch.stack([cos, sin, -sin, cos], dim=1).view(-1, 2, 2)
     shift = -(back @ torch.stack([dx, dy], dim=1)[:, :, None])
@@ -204,7 +204,8 @@ def batched_crop_flip(images, u, padding=4):
     y, x = ((u[:, i] * (2 * padding + 1)).long()[:, None] for i in (0, 1))
     rows, columns = y + torch.arange(H, device=u.device), x + torch.arange(W, device=u.device)
     columns = torch.where(u[:, 2:3] < 0.5, columns, columns.flip(1))
-    return padded[torch.arange(B, device=u.device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    image = torch.arange(B, device=u.device)[:, None, None]
+    return padded[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 BATCHED = {"affine": (batched_affine, 4), "cifar": (batched_crop_flip, 3)}  # name -> function, uniforms that it takes

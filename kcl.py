@@ -74,15 +74,16 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
         return -(summed / divisor).mean()
 
 
-# ---- the same at the cost of the two matmuls that cannot be avoided, q @ queue^T and softmax @ queue: for large B and K
+# ---- the same at the cost of its two matmuls, q @ queue^T and softmax @ queue: for large B and K
 
 def choose_slots(labels, queue_labels, num_positives=6):
     """What choose_positives does, without a (B, K) mask: slots (B, k) int64 and taken (B, k) bool, k = num_positives.
 
     The queue is sorted by label, in random order inside each; a query takes k neighbours from a random place of its
-    label's range, wrapping. So every subset is equally likely, as a lottery's, though queries of one class share the order.
+    label's range, wrapping. So every subset is equally likely, as a lottery's; queries of one class share the order.
     """
-    order = (queue_labels.long() * 2**32 + torch.randint(2**32, queue_labels.shape, device=queue_labels.device)).argsort()
+    lottery = torch.randint(2**32, queue_labels.shape, device=queue_labels.device)
+    order = (queue_labels.long() * 2**32 + lottery).argsort()             # (K,)
     by_label = queue_labels[order]                                        # (K,)
     first = torch.searchsorted(by_label, labels)                          # (B,)
     n = (torch.searchsorted(by_label, labels, right=True) - first) * (labels >= 0)
@@ -93,7 +94,7 @@ def choose_slots(labels, queue_labels, num_positives=6):
 
 
 def class_sums(labels, queue, queue_labels):
-    """FCL's positives: the sum (B, d) and number (B,) of the queue's keys of each query's class, no (B, K) mask either."""
+    """FCL's positives: the sum (B, d) and number (B,) of the queue's keys of each query's class, without a mask too."""
     classes = labels.sort().values                                        # (B,), a class may be there more than once
     at = torch.searchsorted(classes, queue_labels).clamp(max=len(classes) - 1)
     at = at.where((classes[at] == queue_labels) & (queue_labels >= 0), len(classes))            # (K,), B = of no query
@@ -134,8 +135,9 @@ class FusedKCL(torch.autograd.Function):
 
 def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.07,
                   fixed_divisor=False, drop_unused=False, chunk=1024):
-    """kcl_loss with the same arguments, result and errors, but other draws of the positives: its memory beyond the inputs
-    is a few (B, chunk) and (B, d) tensors, its time that of two matmuls. Rows must be unit vectors, or it overflows.
+    """kcl_loss with the same arguments, result and errors, but other draws of the positives: its memory beyond the
+    inputs is a few (B, chunk) and (B, d) tensors, its time that of two matmuls. Rows must be unit vectors, or exp
+    overflows.
 
     Below T = 0.03, where exp(-2 / T) underflows, and with an empty queue it is kcl_loss itself. Differentiable once: a
     second derivative raises RuntimeError.

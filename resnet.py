@@ -26,7 +26,8 @@ class BasicBlock(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.pad:  # option A of He et al.: a shortcut without parameters, subsampled, zeros for the new channels
-            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad // 2, self.pad - self.pad // 2))
+            x = F.avg_pool2d(x, 1, self.stride)  # x[:, :, ::stride, ::stride], whose gradient stays channels_last
+            x = F.pad(x, (0, 0, 0, 0, self.pad // 2, self.pad - self.pad // 2))
         return F.relu(y + x)
 
 

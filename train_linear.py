@@ -33,7 +33,7 @@ from checkpoint import settings_of
 from ddp import InputError
 from resnet import ARCHS, load_backbone
 
-LR_GRID = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
+LR_GRID = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
 
 # The paper's second stage (sec. 3.1) by kind of data set and backbone (trained on logits, or contrastive); the digits'
 # is one for both, so that none is favoured. lr where the data set has no validation list that could choose.
@@ -63,7 +63,7 @@ def parse_args():
     p.add_argument("--val", help="validation list, which chooses the learning rate")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), help="default by --protocol")
     p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="sup, CIFAR cifar, digits affine")
-    p.add_argument("--workers", type=int, help="data workers of each rank")
+    p.add_argument("--workers", type=int, help="data workers of each rank; digits and CIFAR by default need none")
     # optimisation
     p.add_argument("--lr", type=float, nargs="+", help=f"one, or several for --val to choose from; default {LR_GRID}; "
                    "without a --val 0.1, contrastive 30")
@@ -99,8 +99,9 @@ def parse_args():
                          "--list")
     if args.lr is None and args.val != "none":
         args.lr = list(LR_GRID)
-    contrastive = run.get("loss") in CONTRASTIVE
-    for name, value in SETTINGS[spec["kind"]]["contrastive" if contrastive else "logits"].items():
+    settings = SETTINGS[spec["kind"]]["contrastive" if run.get("loss") in CONTRASTIVE else "logits"]
+    args.in_memory = args.workers is None and spec["kind"] != "photos" and (args.aug or settings["aug"]) in data.BATCHED
+    for name, value in settings.items():
         if getattr(args, name) is None:
             setattr(args, name, [value] if name == "lr" else value)
     if min(*args.lr, args.epochs, args.batch) <= 0 or min(args.workers, args.weight_decay) < 0:
@@ -164,9 +165,12 @@ def main():
     spec = data.DATASETS[args.dataset]
 
     # data
-    dataset = data.ImageList(args.data, args.list, data.augmentation(args.aug, spec["pixels"]))
+    center = data.center(spec["pixels"], spec["resize"])
+    dataset = data.ImageList(args.data, args.list,
+                             center if args.in_memory else data.augmentation(args.aug, spec["pixels"]))
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
-    loader = data.train_loader(dataset, draws, args.workers)
+    loader = (data.InMemory(dataset, draws, args.aug, 1, device) if args.in_memory else
+              data.train_loader(dataset, draws, args.workers))
     counts = data.class_counts(dataset.labels)
     C, counts_of = len(counts), args.list
     if args.classifier == "lws":
@@ -181,7 +185,7 @@ def main():
     val = None
     if len(args.lr) > 1:
         data.refuse_overlap(args.data, args.list, args.val)
-        val = data.ImageList(args.data, args.val, data.center(spec["pixels"], spec["resize"]))
+        val = data.ImageList(args.data, args.val, center)
         data.refuse_labels_outside(val, C, "the training list")
 
     # model

@@ -36,7 +36,7 @@ import make_lt
 from baselines import CONTRASTIVE, SUPERVISED
 from checkpoint import save
 from ddp import InputError
-from kcl import kcl_loss
+from kcl import fast_kcl_loss
 from moco import MoCo, with_head
 from resnet import ARCHS, load_backbone
 
@@ -85,7 +85,8 @@ def parse_args():
                    "--list; `none` if there is none")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), default="instance")
     p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="sup, cl moco; CIFAR cifar; digits affine")
-    p.add_argument("--workers", type=int, help="data workers of each rank")
+    p.add_argument("--workers", type=int, help="data workers of each rank: 8 or the cores; by default digits and CIFAR "
+                   "need none, they lie in the device's memory and are augmented there, a batch at a time")
     p.add_argument("--check", action="store_true", help="open every image of --list and --val before the first step")
     # optimisation
     p.add_argument("--arch", choices=tuple(ARCHS), help="resnet50, CIFAR resnet32, digits resnet8")
@@ -118,6 +119,7 @@ def parse_args():
         args.num_positives = 6
     by_loss = BY_LOSS[spec["kind"]]
     by_loss = by_loss.get("supervised" if args.loss in SUPERVISED else args.loss, by_loss[""])
+    args.in_memory = args.workers is None and spec["kind"] != "photos" and (args.aug or by_loss["aug"]) in data.BATCHED
     for name, value in {**SETTINGS[spec["kind"]], **by_loss}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -178,24 +180,24 @@ def main():
             make_lt.make_digits(args.data)
         torch.distributed.barrier()
     num_views = 2 if args.loss in CONTRASTIVE else 1
-    in_memory = spec["kind"] != "photos" and args.workers == 0 and args.aug in data.BATCHED
-    transform = (data.center(spec["pixels"], spec["resize"]) if in_memory else
-                 data.augmentation(args.aug, spec["pixels"]))
-    dataset = data.ImageList(args.data, args.list, transform, 1 if in_memory else num_views)
+    if args.in_memory:
+        dataset = data.ImageList(args.data, args.list, data.center(spec["pixels"], spec["resize"]))
+        loader_of = partial(data.InMemory, dataset, aug=args.aug, num_views=num_views, device=device)
+    else:
+        dataset = data.ImageList(args.data, args.list, data.augmentation(args.aug, spec["pixels"]), num_views)
+        loader_of = partial(data.train_loader, dataset, workers=args.workers)
     if args.val != "none":
         data.refuse_overlap(args.data, args.list, args.val)
     if args.check and ddp.rank() == 0:
         if faults := make_lt.check(args.data, {args.list, args.val} - {"none"}, args.workers):
             raise InputError(f"{faults:,} faults in {args.list} or {args.val}, listed above")
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
-    loader = (data.InMemory(dataset, draws, args.aug, num_views, device) if in_memory else
-              data.train_loader(dataset, draws, args.workers))
+    loader = loader_of(draws)
     counts = data.class_counts(dataset.labels)
     C = len(counts)
     if args.loss == "bbn":  # a second stream, for its second branch
         reversed_draws = data.Draws(dataset.labels, "reversed", args.batch, args.epochs, args.seed + 1)
-        reversed_loader = (data.InMemory(dataset, reversed_draws, args.aug, num_views, device) if in_memory else
-                           data.train_loader(dataset, reversed_draws, args.workers))
+        reversed_loader = loader_of(reversed_draws)
 
     # model
     torch.manual_seed(args.seed)  # the same on all ranks: the same weights and the same random queue
@@ -311,8 +313,8 @@ def main():
                     loss = baselines.tsc_loss(q, k, model.queue, labels, model.queue_labels,
                                               model.targets.of_classes(), args.num_positives, args.temperature)
                 else:
-                    loss = kcl_loss(q, k, model.queue, labels, model.queue_labels, num_positives, args.temperature,
-                                    args.fixed_divisor, args.drop_unused)
+                    loss = fast_kcl_loss(q, k, model.queue, labels, model.queue_labels, num_positives,
+                                         args.temperature, args.fixed_divisor, args.drop_unused)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -5,6 +5,7 @@ A data set is a folder and list files, one `relative/path label` a line. Images 
 the bytes) and are normalised on the device. Which images an epoch draws and how each is augmented depends on the seed,
 the epoch and the position in the epoch, and on nothing else: not on the number of ranks or workers.
 """
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -238,10 +239,16 @@ def center(pixels, resize):
     return T.Compose([*steps, T.PILToTensor()])
 
 
+@functools.cache
+def channels(values, device):
+    """(3,) numbers -> (1, 3, 1, 1) on the device, which then need not be copied there each step."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
 def normalize(images, mean, std, device):
     """uint8 (B, 3, H, W) in 0..255 -> normalised float32 on the device, channels last."""
     images = images.to(device, non_blocking=True).float().div_(255)
-    mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (mean, std))
+    mean, std = channels(tuple(mean), device), channels(tuple(std), device)
     return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 

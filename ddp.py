@@ -66,6 +66,23 @@ def gather(x):
     return torch.cat(out)
 
 
+@torch.no_grad()
+def exchange(x, owner, place):
+    """All-to-all: row n of the result is row place[r, n] of rank owner[r, n]'s x, on each rank r.
+
+    x (b, ...); owner, place (world, n) int64 on the CPU, the same on all ranks: each knows what the others want, so
+    that nothing travels but the rows. Returns (n, ...).
+    """
+    me, W = rank(), world()
+    sent = x[torch.cat([place[r][owner[r] == me] for r in range(W)]).to(x.device)]
+    if W == 1:
+        return sent
+    got = x.new_empty(owner.shape[1], *x.shape[1:])
+    dist.all_to_all_single(got, sent.contiguous(), owner[me].bincount(minlength=W).tolist(),
+                           (owner == me).sum(1).tolist())
+    return got[owner[me].argsort(stable=True).argsort().to(x.device)]     # it arrived rank by rank
+
+
 class GatherWithGradient(torch.autograd.Function):
     """gather() for a loss that every rank computes in full, on all embeddings. A rank's backward reaches its own share
     only; times world, since DDP takes the mean over ranks: together the whole gradient."""

@@ -117,7 +117,7 @@ class FusedKCL(torch.autograd.Function):
         Z, weighted = e.clone(), e[:, None] * k                           # (B,), (B, d)
         for begin in range(0, len(queue), chunk):
             keys = queue[begin:begin + chunk]                             # (c, d)
-            e = torch.addmm(q.new_tensor(-1 / temperature), q, keys.T, alpha=1 / temperature).exp_()  # (B, c)
+            e = torch.addmm(q.new_full((), -1 / temperature), q, keys.T, alpha=1 / temperature).exp_()  # (B, c)
             if forbidden is not None:
                 e.masked_fill_(forbidden(begin, begin + len(keys)), 0)
             Z += e.sum(1)

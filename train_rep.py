@@ -11,6 +11,7 @@ and log.jsonl (first line: command, settings, versions; then a line every --log-
 train_linear.py.
 """
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -37,7 +38,7 @@ from baselines import CONTRASTIVE, SUPERVISED
 from checkpoint import save
 from ddp import InputError
 from kcl import fast_kcl_loss
-from moco import MoCo, with_head
+from moco import MoCo, keep_statistics, with_head
 from resnet import ARCHS, load_backbone
 
 # The hyper-parameters by kind of data set and loss: the paper's Table 7 for photographs (batch 256 = 8 GPUs x 32,
@@ -96,6 +97,11 @@ def parse_args():
     p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
     p.add_argument("--weight-decay", type=float, help="5e-4 (the paper takes 1e-4 on full ImageNet), CIFAR 2e-4")
     p.add_argument("--seed", type=int, default=0)
+    # speed and memory
+    p.add_argument("--virtual-gpus", type=int, metavar="V", help="do what V ranks would: each rank takes its batch in "
+                   "V / ranks parts, one by one, and BatchNorm sees one part; 8 on one GPU is the paper's 8 x 32")
+    p.add_argument("--amp", action="store_true", help="encoders in bfloat16, weights, keys and loss in float32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the encoders; pays with few images a GPU")
     # the run
     p.add_argument("--out", help="default: runs/<folder of --data>-<list>-<loss>[-drw][-init][-<sampler>]-seed<n>"
                    "[-<n>ranks]")
@@ -138,12 +144,18 @@ def parse_args():
         raise InputError("--loss tsc assigns its targets with scipy: pip install scipy")
     if (args.fixed_divisor or args.drop_unused) and args.loss != "kcl":
         raise InputError("--fixed-divisor and --drop-unused go with --loss kcl")
+    args.virtual_gpus = args.virtual_gpus or ddp.world()
+    if args.virtual_gpus % ddp.world() or args.batch % args.virtual_gpus:
+        raise InputError(f"--virtual-gpus {args.virtual_gpus} must be a multiple of the {ddp.world()} ranks and divide "
+                         f"--batch {args.batch}")
+    if args.virtual_gpus > ddp.world() and args.loss in ("supcon", "tsc", "bbn"):
+        raise InputError(f"--virtual-gpus takes a batch in parts, but --loss {args.loss} needs it whole")
     if args.workers < 0 or args.weight_decay < 0:
         raise InputError("--workers and --weight-decay must be 0 or more")
     how = args.loss + "-drw" * args.drw + "-init" * bool(args.init)
     how += "" if args.sampler == "instance" else f"-{args.sampler}"
     list_name = Path(args.list).with_suffix("").as_posix().strip("/").replace("/", "-").replace("train_", "")
-    ranks = "" if ddp.world() == 1 else f"-{ddp.world()}ranks"  # BatchNorm sees other batches: another run
+    ranks = "" if args.virtual_gpus == 1 else f"-{args.virtual_gpus}ranks"  # other batches for BatchNorm: another run
     args.out = Path(args.out or f"runs/{Path(args.data).name}-{list_name}-{how}-seed{args.seed}{ranks}")
     return args
 
@@ -203,8 +215,9 @@ def main():
     torch.manual_seed(args.seed)  # the same on all ranks: the same weights and the same random queue
     encoder = ARCHS[args.arch]
     queued = args.loss in CONTRASTIVE and args.loss != "supcon"  # with a key encoder and a queue
+    micro_batches = args.virtual_gpus // ddp.world()
     if queued:
-        model = MoCo(encoder, args.dim, args.queue, args.m, args.mlp, args.seed)
+        model = MoCo(encoder, args.dim, args.queue, args.m, args.mlp, args.seed, micro_batches)
     elif args.loss == "supcon":
         model = with_head(encoder, args.dim, args.mlp)
     elif args.loss == "bbn":
@@ -222,6 +235,9 @@ def main():
         for e in (model.encoder_q, model.encoder_k) if queued else (model,):
             e.load_state_dict(state, strict=False)  # all but the fc, which load_backbone has made sure of
     model = model.to(device, memory_format=torch.channels_last)
+    if args.compile:  # the encoders alone: the queue is written in place, and DDP has hooks
+        for e in (model.encoder_q, model.encoder_k) if queued else (model,):
+            e.compile()
     net = ddp.wrap(model.encoder_q if queued else model)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
 
@@ -234,6 +250,12 @@ def main():
 
     def to_input(view):
         return data.normalize(view, spec["mean"], spec["std"], device)
+
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+
+    def encode(*inputs):
+        with amp:
+            return net(*inputs).float()
 
     # resume, or begin
     first_epoch, head_line = 0, header(args)
@@ -253,10 +275,11 @@ def main():
             for epoch in range(-1, -args.queue - 1, -1):  # epochs before the first; more than one if K > the data set
                 draws.set_epoch(epoch)
                 for (_, view), labels, _ in loader:
-                    yield to_input(view), labels.to(device)
+                    yield view.to(device), labels.to(device)
                     bar.update(args.batch)
         with tqdm(total=args.queue, desc="filling the queue", unit="key", disable=ddp.rank() > 0, leave=False) as bar:
-            model.fill_queue(batches())
+            with amp:
+                model.fill_queue(batches(), to_input)
     if ddp.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         if not first_epoch:
@@ -283,61 +306,71 @@ def main():
             class_weight = baselines.effective_number_weights(counts, 0.999).to(device)
         if args.drw and epoch >= 0.8 * args.epochs:  # deferred: from 160 of 200 in Cao et al. 2019, sec. 3.3
             class_weight = baselines.effective_number_weights(counts, 0.9999).to(device)
-        # each epoch seeds itself, another stream a rank: a resumed run draws what an undisturbed one does
-        torch.manual_seed((args.seed * 1_000_003 + epoch) * 1_009 + ddp.rank())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.lr, args.schedule, epoch / args.epochs)
-        total, since = torch.zeros((), device=device), time.time()
+        total, since, waited, waiting_since = torch.zeros((), device=device), time.time(), 0.0, time.time()
         for step, ((views, labels, _), reversed_batch) in enumerate(zip(loader, reversed_batches), 1):
+            waited += time.time() - waiting_since
             labels = labels.to(device, non_blocking=True)
-            x = to_input(views[0])                                        # (b, 3, H, W)
-            if on_logits:
-                loss = on_logits(net(x), labels, weight=class_weight)
-            elif args.loss == "bbn":
-                (reversed_view,), reversed_labels, _ = reversed_batch
-                logits = net(x, to_input(reversed_view), alpha)           # (b, C)
-                loss = baselines.bbn_loss(logits, labels, reversed_labels.to(device), alpha)
-            elif args.loss == "supcon":
-                z = F.normalize(net(torch.cat([x, to_input(views[1])])))  # (2 b, d), BatchNorm sees both views
-                loss = baselines.supcon_loss(ddp.GatherWithGradient.apply(z), ddp.gather(labels.repeat(2)),
-                                             args.temperature)
-            else:
+            if queued:
                 model.update_key_encoder()
-                q = F.normalize(net(x))                                   # (b, d)
-                k = model.keys(to_input(views[1]))                        # (b, d)
-                if args.loss == "tsc":
-                    model.targets.follow(ddp.gather(q.detach()), ddp.gather(labels))
-                if args.loss == "tsc" and epoch >= args.epochs // 2:  # before, KCL alone (their App. B: warm-up)
-                    if step % match_every == 0 or step == 1:
-                        model.targets.assign()
-                    loss = baselines.tsc_loss(q, k, model.queue, labels, model.queue_labels,
-                                              model.targets.of_classes(), args.num_positives, args.temperature)
-                else:
-                    loss = fast_kcl_loss(q, k, model.queue, labels, model.queue_labels, num_positives,
-                                         args.temperature, args.fixed_divisor, args.drop_unused)
+                with amp:
+                    keys, key_labels = model.keys(views[1].to(device, non_blocking=True), labels, to_input)
             optimizer.zero_grad()
-            loss.backward()
+            for j in range(micro_batches):
+                # each step and (virtual) rank has a stream of its own: a resumed run draws what an undisturbed one does
+                torch.manual_seed((args.seed * 1_000_003 + epoch * steps + step) * 1_009 + ddp.rank() + ddp.world() * j)
+                keep_statistics(net, j > 0)                                   # the running ones are virtual rank 0's
+                x, y = to_input(views[0][j::micro_batches]), labels[j::micro_batches]  # (b, 3, H, W), (b,)
+                with contextlib.nullcontext() if j == micro_batches - 1 else net.no_sync():
+                    if on_logits:
+                        loss = on_logits(encode(x), y, weight=class_weight)
+                    elif args.loss == "bbn":
+                        (reversed_view,), reversed_labels, _ = reversed_batch
+                        logits = encode(x, to_input(reversed_view), alpha)    # (b, C)
+                        loss = baselines.bbn_loss(logits, y, reversed_labels.to(device), alpha)
+                    elif args.loss == "supcon":
+                        z = torch.cat([x, to_input(views[1])])                # BatchNorm sees both views
+                        z = F.normalize(encode(z))                            # (2 b, d)
+                        loss = baselines.supcon_loss(ddp.GatherWithGradient.apply(z), ddp.gather(y.repeat(2)),
+                                                     args.temperature)
+                    else:
+                        q, k = F.normalize(encode(x)), model.own(keys, j)     # (b, d) each
+                        if args.loss == "tsc":
+                            model.targets.follow(ddp.gather(q.detach()), ddp.gather(y))
+                        if args.loss == "tsc" and epoch >= args.epochs // 2:  # before, KCL alone (App. B: warm-up)
+                            if step % match_every == 0 or step == 1:
+                                model.targets.assign()
+                            loss = baselines.tsc_loss(q, k, model.queue, y, model.queue_labels,
+                                                      model.targets.of_classes(), args.num_positives, args.temperature)
+                        else:
+                            loss = fast_kcl_loss(q, k, model.queue, y, model.queue_labels, num_positives,
+                                                 args.temperature, args.fixed_divisor, args.drop_unused)
+                    (loss / micro_batches).backward()
+                total += loss.detach() / micro_batches
             optimizer.step()
 
-            total += loss.detach()
             if step % args.log_every == 0 or step == steps:
                 n = (step - 1) % args.log_every + 1
                 line = {"epoch": epoch, "step": epoch * steps + step, "loss": total.item() / n,
-                        "lr": optimizer.param_groups[0]["lr"], "images_per_s": n * args.batch / (time.time() - since)}
+                        "lr": optimizer.param_groups[0]["lr"], "images_per_s": n * args.batch / (time.time() - since),
+                        "loader_wait": waited / (time.time() - since)}  # the share of the time
                 if not math.isfinite(line["loss"]):
                     raise InputError(f"the loss is {line['loss']} at step {line['step']} with learning rate "
                                      f"{line['lr']:.3g}; {args.out} keeps its last checkpoint; try a smaller --lr")
                 if queued:
-                    real = model.queue_labels[model.queue_labels >= 0]
-                    line |= {"queue_filled": len(real) / args.queue, "queue_classes": len(real.unique()),
-                             "positives_in_queue": (labels[:, None] == real).sum(1).float().mean().item()}
+                    of_class = torch.bincount(model.queue_labels + 1, minlength=C + 1)[1:]  # (C,), without empty slots
+                    line |= {"queue_filled": of_class.sum().item() / args.queue,
+                             "queue_classes": (of_class > 0).sum().item(),
+                             "positives_in_queue": of_class[labels].float().mean().item()}
                 if ddp.rank() == 0:
                     log.write(json.dumps(line) + "\n")
                     bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
-                total, since = torch.zeros_like(total), time.time()
+                total, since, waited = torch.zeros_like(total), time.time(), 0.0
             if queued:
-                model.enqueue(k, labels)
+                model.enqueue(keys, key_labels)
             bar.update()
+            waiting_since = time.time()
         if ddp.rank() == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
             save({"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                   "settings": head_line["settings"]}, args.out / "ckpt.pt")

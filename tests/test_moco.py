@@ -65,12 +65,13 @@ def test_momentum_update_is_exact_to_fp32():
 def test_gradient_reaches_the_query_encoder_only():
     moco = MoCo(tiny, dim=8, K=16)
     x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
-    q, k = F.normalize(moco.encoder_q(x)), moco.keys(x)
+    q, (k, y_k) = F.normalize(moco.encoder_q(x)), moco.keys(x, y)
+    assert torch.equal(y_k, y)
     kcl_loss(q, k, moco.queue, y, moco.queue_labels).backward()
     assert all(p.grad is not None for p in moco.encoder_q.parameters())
     assert all(p.grad is None and not p.requires_grad for p in moco.encoder_k.parameters())
     moco.enqueue(k, y)  # after backward: an in-place write before it would have been an error, as here:
-    loss = kcl_loss(F.normalize(moco.encoder_q(x)), moco.keys(x), moco.queue, y, moco.queue_labels)
+    loss = kcl_loss(F.normalize(moco.encoder_q(x)), moco.keys(x, y)[0], moco.queue, y, moco.queue_labels)
     moco.enqueue(k, y)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -85,7 +86,7 @@ def test_filled_queue_is_real_and_leaves_batchnorm_alone(K):
     assert (moco.queue_labels >= 0).all()
     assert all(map(torch.equal, before, moco.encoder_k.buffers()))
     assert moco.encoder_k[1].num_batches_tracked == 0
-    assert torch.allclose(moco.queue[0], moco.keys(images)[moco.queue_labels[0]], atol=1e-6)
+    assert torch.allclose(moco.queue[0], moco.keys(images, torch.arange(4))[0][moco.queue_labels[0]], atol=1e-6)
     moco.fill_queue((images, torch.arange(4)) for _ in range(2))
     assert moco.ptr == (4 * -(-K // 4) + 4 * 2) % K
 
@@ -102,7 +103,7 @@ def test_state_dict_carries_pointer_and_shuffle():
 def test_mlp_head_and_any_constructor():
     moco = MoCo(resnet.ARCHS["resnet18"], dim=16, K=4, mlp=True)
     assert [type(m).__name__ for m in moco.encoder_q.fc] == ["Linear", "ReLU", "Linear"]
-    assert moco.keys(torch.randn(2, 3, 32, 32)).shape == (2, 16)
+    assert moco.keys(torch.randn(2, 3, 32, 32), torch.tensor([5, -1]))[0].shape == (2, 16)
 
 
 @pytest.mark.parametrize("arch, published", [("resnet20", 0.27e6), ("resnet32", 0.46e6)])

@@ -23,22 +23,24 @@ def main():
     moco = MoCo(lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes)), dim=5, K=10)
     images = torch.randn(8, 3, 2, 2)
     mine = images[rank * 4:(rank + 1) * 4]
+    labels = torch.arange(8).where(torch.arange(8) < 7, -7)[rank * 4:(rank + 1) * 4]
     expected = F.normalize(moco.encoder_k(images))
     for _ in range(3):  # shuffled across ranks and back in order
-        assert torch.allclose(moco.keys(mine), expected[rank * 4:(rank + 1) * 4], atol=1e-6)
+        keys, key_labels = moco.keys(mine, labels)
+        assert torch.allclose(keys, expected, atol=1e-6) and key_labels.tolist() == [0, 1, 2, 3, 4, 5, 6, -7]
+        assert torch.equal(moco.own(keys), keys[rank * 4:(rank + 1) * 4])
     seen = []
     moco.encoder_k.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     foreign = 0
     for _ in range(20):
-        moco.keys(mine)
+        moco.keys(mine, labels)
         foreign += sum(not any(torch.equal(x, y) for y in mine) for x in seen[-1])
     assert 0.3 < foreign / 80 < 0.7, foreign  # about half of what a rank encodes comes from the other
 
     # one queue, the same on both, in rank order
-    labels = torch.arange(4) + 4 * rank
-    moco.enqueue(expected[rank * 4:(rank + 1) * 4], labels)
-    assert moco.ptr == 8 and moco.queue_labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1]
-    assert torch.allclose(moco.queue[:8], expected)
+    moco.enqueue(*moco.keys(mine, labels))
+    assert moco.ptr == 8 and moco.queue_labels.tolist() == [0, 1, 2, 3, 4, 5, 6, -7, -1, -1]
+    assert torch.allclose(moco.queue[:8], expected, atol=1e-6)
 
     # a step: gradients are the mean over ranks, so the weights stay the same on both
     net = ddp.wrap(moco.encoder_q)

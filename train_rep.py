@@ -352,6 +352,8 @@ def main():
 
             if step % args.log_every == 0 or step == steps:
                 n = (step - 1) % args.log_every + 1
+                torch.distributed.all_reduce(total)
+                total /= ddp.world()
                 line = {"epoch": epoch, "step": epoch * steps + step, "loss": total.item() / n,
                         "lr": optimizer.param_groups[0]["lr"], "images_per_s": n * args.batch / (time.time() - since),
                         "loader_wait": waited / (time.time() - since)}  # the share of the time

@@ -1,6 +1,11 @@
+import importlib
+import multiprocessing
+import os
+import socket
 import sys
 
 import pytest
+import torch
 
 import ddp
 import make_lt
@@ -21,4 +26,33 @@ def script(monkeypatch):
     def run(module, *args):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         ddp.run(module.main)
+    return run
+
+
+def as_rank(rank, world, port, module, args, output):
+    """One of torchrun's processes, forked: it need not import torch again."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)
+    torch.set_num_threads(1)  # more would wait for threads that a fork does not copy
+    sys.argv = [f"{module}.py", *map(str, args)]
+    ddp.run(importlib.import_module(module).main)
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """ranks(2, "train_rep", "--loss", "kcl", ...): a script's main on so many ranks; returns what they print."""
+    def run(world, module, *args):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        output = tmp_path / f"ranks-{port}.txt"
+        forks = [multiprocessing.get_context("fork").Process(target=as_rank, args=(r, world, port, module, args, output))
+                 for r in range(world)]
+        for fork in forks:
+            fork.start()
+        for fork in forks:
+            fork.join()
+        assert not any(fork.exitcode for fork in forks), output.read_text()[-3000:]
+        return output.read_text()
     return run

@@ -115,25 +115,47 @@ def test_the_main_job_in_one_line(copy):
     assert "bash recipes/digits.sh" in (copy / "README.md").read_text()
 
 
-def test_two_ranks():
-    assert "ok" in shell("torchrun --nproc_per_node=2 tests/two_ranks.py", ROOT)
+def test_two_ranks(ranks):
+    assert "ok" in ranks(2, "two_ranks")
 
 
-def test_two_processes_evaluate_as_one(script, digits, tmp_path, monkeypatch):
+def test_two_processes_evaluate_as_one(script, ranks, digits, tmp_path, monkeypatch):
     """Stage 1 on two ranks; stages 2 and 3 on one and on two: the same classifier, the same evaluation."""
-    two = "torchrun --nproc_per_node=2"
-    shell(f"{two} {ROOT}/train_rep.py --loss kcl --dataset digits --data {digits} --epochs 2 --out run", tmp_path)
     monkeypatch.chdir(tmp_path)
+    ranks(2, "train_rep", "--loss", "kcl", "--dataset", "digits", "--data", digits, "--epochs", 2, "--out", "run")
     script(train_linear, "run/backbone.pt", "--epochs", 2, "--lr", 0.1, 1, "--out", "one")
-    shell(f"{two} {ROOT}/train_linear.py run/backbone.pt --epochs 2 --lr 0.1 1 --out two", tmp_path)
+    ranks(2, "train_linear", "run/backbone.pt", "--epochs", 2, "--lr", 0.1, 1, "--out", "two")
     heads = [torch.load(tmp_path / out / "head.pt", weights_only=True) for out in ("one", "two")]
     assert torch.allclose(heads[0]["weight"], heads[1]["weight"], atol=1e-4)
     assert heads[0]["val_top1"] == heads[1]["val_top1"]
     script(evaluate, "one/head.pt")
     results = [(tmp_path / "one/eval.json").read_text()]
-    shell(f"{two} {ROOT}/evaluate.py one/head.pt", tmp_path)
+    ranks(2, "evaluate", "one/head.pt")
     results.append((tmp_path / "one/eval.json").read_text())
     assert results[0] == results[1] and json.loads(results[0])["images"] == 1000
+
+
+@pytest.mark.parametrize("loss", ["kcl", "ce"])
+def test_ranks_and_micro_batches_are_one_thing(ranks, digits, tmp_path, monkeypatch, loss):
+    """Four virtual GPUs as 1 rank x 4 parts, 2 x 2 and 4 x 1: the same losses, weights, gradients (in SGD's momentum), queue,
+    BatchNorm statistics and place in the random streams, after 4 steps with the global batch of 16."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "l.txt").write_text("".join((digits / "train_lt0.txt").read_text().splitlines(keepends=True)[::13]))
+    saved, losses = [], []
+    for world in (1, 2, 4):
+        ranks(world, "train_rep", "--loss", loss, "--dataset", "digits", "--data", digits, "--list", "l.txt", "--batch", 16,
+              "--queue", 50, "--epochs", 1, "--log-every", 1, "--virtual-gpus", 4, "--out", f"{world}")
+        state = torch.load(f"{world}/ckpt.pt", weights_only=True)
+        saved.append(state["model"] | {f"momentum {i}": x["momentum_buffer"] for i, x in state["optimizer"]["state"].items()})
+        losses.append([json.loads(line)["loss"] for line in open(f"{world}/log.jsonl").readlines()[1:]])
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], abs=1e-5) and losses[2] == pytest.approx(losses[0], abs=1e-5)
+    for name, x in saved[0].items():
+        for other in saved[1:]:
+            if name == "_extra_state":
+                assert x["ptr"] == other[name]["ptr"] and torch.equal(x["shuffle"], other[name]["shuffle"])
+            else:
+                torch.testing.assert_close(x, other[name], atol=1e-5, rtol=1e-5, msg=name)
+    assert any("running_mean" in name for name in saved[0])
 
 
 def small_list(digits, folder):
@@ -183,6 +205,25 @@ def test_defaults_are_the_papers(monkeypatch, tmp_path):
     # MoCo's: x0.1 at 120 and 160 of 200
     rates = [train_rep.learning_rate(0.03, "step", epoch / 200) for epoch in (0, 119, 120, 159, 160, 199)]
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+
+
+def test_amp_and_compile_leave_float32_under_the_same_names(script, digits, tmp_path, monkeypatch):
+    """bfloat16 and compiled encoders: a loss near the plain one, files as without."""
+    compile = torch.nn.Module.compile
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: (compiled.append(self), compile(self, backend="eager")))
+    first = {}
+    for how in ("", "--amp", "--compile"):
+        args = (how,) if how else ()
+        state = tiny_rep(script, digits, tmp_path / f"run{how}", *args, "--list", small_list(digits, tmp_path), "--batch", 50)
+        assert list(state) == [n for n in resnet.ARCHS["resnet8"]().state_dict() if not n.startswith("fc.")]
+        assert all(x.dtype in (torch.float32, torch.int64) for x in state.values())
+        first[how] = json.loads((tmp_path / f"run{how}/log.jsonl").read_text().splitlines()[1])["loss"]
+        model = torch.load(tmp_path / f"run{how}/ckpt.pt", weights_only=True)["model"]
+        assert model["queue"].dtype == torch.float32 and torch.allclose(model["queue"].norm(dim=1), torch.ones(100))
+    assert len(compiled) == 2  # both encoders
+    assert first["--compile"] == pytest.approx(first[""], abs=1e-4) and first["--amp"] == pytest.approx(first[""], abs=0.05)
+    assert first["--amp"] != first[""]
 
 
 def test_deferred_reweighting_changes_the_last_epochs_only(script, digits, tmp_path):
@@ -253,7 +294,7 @@ def test_keys_reach_the_queue_only_after_they_were_used(script, digits, tmp_path
         steps.append((any(tuple(row) in slots for row in k.tolist()),
                       all(tuple(row) in slots for row in steps[-1][2].tolist()) if steps else True, k.clone()))
         return kcl.kcl_loss(q, k, queue, labels, queue_labels, *rest)
-    monkeypatch.setattr(train_rep, "kcl_loss", spy)
+    monkeypatch.setattr(train_rep, "fast_kcl_loss", spy)
     tiny_rep(script, digits, tmp_path / "run", "--epochs", 1)
     assert len(steps) == 13 and not any(s[0] for s in steps) and all(s[1] for s in steps)
     for loss, num_positives in (("cl", 0), ("fcl", None), ("kcl", 6)):  # each loss asks for its k

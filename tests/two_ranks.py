@@ -1,4 +1,4 @@
-"""What only two ranks can show; test_scripts.py starts it with torchrun. Prints ok on rank 0."""
+"""What only two ranks can show; test_scripts.py starts it on two. Prints ok on rank 0."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,6 +29,29 @@ def main():
         keys, key_labels = moco.keys(mine, labels)
         assert torch.allclose(keys, expected, atol=1e-6) and key_labels.tolist() == [0, 1, 2, 3, 4, 5, 6, -7]
         assert torch.equal(moco.own(keys), keys[rank * 4:(rank + 1) * 4])
+
+    # what a rank receives: the images that the shuffle takes from the other, as uint8, and the other's keys and labels
+    received = []
+    def count(collective, sent_to_itself):
+        def counted(out, *args):
+            received.append(sum(x.numel() * x.element_size() for x in (out if isinstance(out, list) else [out])))
+            received[-1] -= sent_to_itself(out, args)
+            return collective(out, *args)
+        return counted
+    d = torch.distributed
+    kept = d.all_gather, d.all_to_all_single
+    d.all_gather = count(d.all_gather, lambda out, args: out[0].numel() * out[0].element_size())
+    d.all_to_all_single = count(d.all_to_all_single, lambda out, args: args[1][rank] * 3 * 2 * 2)
+    uint8, generator = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.Generator()
+    generator.set_state(moco.shuffle.get_state())
+    for _ in range(5):
+        received.clear()
+        moco.keys(uint8, labels, prepare=torch.Tensor.float)
+        wanted = torch.randperm(8, generator=generator)[rank * 4:(rank + 1) * 4]
+        foreign = sum(n // 4 != rank for n in wanted.tolist())
+        assert received == [foreign * 3 * 2 * 2, (world - 1) * 4 * (4 * 5 + 8)]  # the docstring's formula
+    d.all_gather, d.all_to_all_single = kept
+
     seen = []
     moco.encoder_k.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     foreign = 0
@@ -108,7 +131,3 @@ def main():
     assert len({d["image_id"] for d in alone}) == 5 and together == alone
     if rank == 0:
         print("ok", flush=True)
-
-
-if __name__ == "__main__":
-    ddp.run(main)

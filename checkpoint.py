@@ -1,35 +1,105 @@
 """
-What a run leaves for later: its checkpoint, to go on from, and its settings, which stand in the first line of its log.
+What a run leaves for later: its checkpoint, to go on from, and its settings, which stand in the first line of its log;
+and how it is asked to stop in between.
 """
 import json
 import os
+import signal
+import sys
+import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+import ddp
 from ddp import InputError
 
 
-def save(state, path):
-    """All or nothing: a run killed while it writes leaves the file before intact."""
-    torch.save(state, f"{path}.tmp")
+def save(state, path, before=None):
+    """All or nothing: a run killed while it writes, or a full disk (an InputError), leaves what was there intact. It is
+    kept under the name `before`, if given."""
+    path = Path(path)
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())  # or a power failure could leave the new name with half of the bytes
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written ({str(error).splitlines()[0]}); the one before is intact: make "
+                         "room, and give the same command again") from None
+    if before and path.exists():
+        os.replace(path, before)
     os.replace(f"{path}.tmp", path)
 
 
-def load(out, settings, free, device):
-    """out/ckpt.pt of a run with these settings, but for the names in `free`, which change no weight. Raises InputError
-    where it does not load, or is another run's."""
-    try:
-        ckpt = torch.load(out / "ckpt.pt", map_location=device, weights_only=True)
-    except Exception as error:  # half a dozen kinds
-        raise InputError(f"{out / 'ckpt.pt'} does not load ({type(error).__name__}); --restart throws it "
-                         "away") from None
+def load(out, settings, free, override, device):
+    """The checkpoint in `out` of a run with these settings, but for the names in `free`, which change no weight; None
+    where there is none. One that is broken (each entry of the file has a checksum) is passed over for the one before,
+    with a warning. Raises InputError where that is broken too, or is another run's, unless override."""
+    files = [file for file in (out / "ckpt.pt", out / "ckpt.prev.pt") if file.exists()]
+    if not files:
+        return None
+    for file in files:
+        try:
+            if zipfile.ZipFile(file).testzip():
+                raise zipfile.BadZipFile
+            ckpt = torch.load(file, map_location=device, weights_only=True)
+            break
+        except Exception as error:  # half a dozen kinds
+            ddp.print0(f"warning: {file} does not load ({type(error).__name__})")
+    else:
+        raise InputError(f"{files[0]} does not load, nor one before it; --restart throws it away")
     differ = [f"{name}: {ckpt['settings'].get(name)} there, {v} here" for name, v in settings.items()
               if name not in free and ckpt["settings"].get(name) != v]
-    if differ:
-        raise InputError(f"{out} holds a run with other settings ({differ[0]}); name another --out, or --restart to "
-                         "throw it away")
+    if differ and not override:
+        raise InputError(f"{out} holds a run with other settings ({', '.join(differ)}); name another --out, --restart "
+                         "to throw it away, or --override to go on with these")
     return ckpt
+
+
+def open_log(out, head_line, done=None):
+    """out/log.jsonl to write on: from head_line on, or, for a run that goes on after `done` steps, without the lines of
+    later ones, which it will do again."""
+    lines = [json.dumps(head_line) + "\n"]
+    if done is not None and (out / "log.jsonl").exists():
+        first, *lines = open(out / "log.jsonl")
+        whole = [line for line in lines if line.endswith("}\n")]             # a kill may have cut the last
+        lines = [first, *(line for line in whole if json.loads(line)["step"] <= done)]
+    (out / "log.tmp").write_text("".join(lines))
+    os.replace(out / "log.tmp", out / "log.jsonl")
+    return open(out / "log.jsonl", "a", buffering=1)
+
+
+class Stop:
+    """From here on a first SIGTERM, SIGINT or SIGUSR1 (Slurm's warning: sbatch --signal=USR1@120) is noted, so that the
+    run can finish its step and save; a second one of the kind ends it at once."""
+
+    def __init__(self):
+        self.number, self.process = 0, os.getpid()
+        self.before = {number: signal.signal(number, self.note)
+                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def note(self, number, frame):
+        if os.getpid() == self.process:
+            self.number = number
+            signal.signal(number, self.before[number])
+        elif number == signal.SIGTERM:  # a data worker, which Ctrl-C reaches too: only its own process may end it
+            os._exit(0)
+
+    def asked(self):
+        """The signal that any rank was sent, 0 if none. A collective: every rank asks after the same step."""
+        if ddp.world() == 1:
+            return self.number
+        number = torch.tensor(self.number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def leave(self, number, out):
+        """Exit with 128 + the signal's number, as a shell reports it: a scheduler sees that the run is not over."""
+        ddp.print0(f"{signal.Signals(number).name}: {out} is saved; the same command goes on from there")
+        sys.exit(128 + number)
 
 
 def settings_of(backbone):

@@ -267,7 +267,8 @@ class Draws(Sampler):
     """
 
     def __init__(self, labels, kind, batch, epochs=1, seed=0):
-        self.labels, self.kind, self.batch, self.epochs, self.seed, self.epoch = labels, kind, batch, epochs, seed, 0
+        self.labels, self.kind, self.batch, self.epochs, self.seed = labels, kind, batch, epochs, seed
+        self.set_epoch(0)
         self.counts = class_counts(labels)
         if len(labels) < batch:
             raise InputError(f"the training list has {len(labels)} images, fewer than one batch; "
@@ -280,8 +281,9 @@ class Draws(Sampler):
             raise InputError(f"class {empty} has no image in the training list, but {kind} sampling draws from all "
                              f"{len(self.counts)} classes; use --sampler instance or renumber the labels")
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, step=0):
+        """The epoch that the next pass draws, from its step-th batch on."""
+        self.epoch, self.first = epoch, step * self.batch
 
     def class_probabilities(self):
         """p_c of this epoch, (C,) float64."""
@@ -304,7 +306,7 @@ class Draws(Sampler):
             within = (torch.rand(N, generator=g, dtype=torch.float64) * self.counts[c]).long()
             index = self.labels.argsort(stable=True)[start[c] + within]
         seed = torch.randint(2**32, (N,), generator=g)  # torch seeds its CPU generator with 32 bits
-        mine = slice(ddp.rank(), N // self.batch * self.batch, ddp.world())
+        mine = slice(self.first + ddp.rank(), N // self.batch * self.batch, ddp.world())
         return zip(index[mine].tolist(), seed[mine].tolist())
 
 

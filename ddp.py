@@ -3,9 +3,12 @@ One launcher, read from the environment: `python x.py` is a process group of siz
 `torchrun --nproc_per_node=N x.py` one of size N, and no other line asks which it is.
 """
 import ctypes
+import datetime
 import gc
 import os
 import sys
+import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,8 +24,10 @@ def init():
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # how long a rank waits for the others in one collective; the longest wait is for rank 0's evaluation or checkpoint
+    timeout = datetime.timedelta(seconds=float(os.environ.get("KCL_TIMEOUT", 1800)))
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -97,6 +102,19 @@ class GatherWithGradient(torch.autograd.Function):
         return world() * grad[ctx.mine]
 
 
+def waited_for(error):
+    """The sentence for an error of gloo or NCCL about a rank that hangs or has died: who waited for it, and where."""
+    reason = {"imed out": "longer than KCL_TIMEOUT seconds, 1800 by default",
+              "onnection closed by peer": "that has ended", "onnection reset by peer": "that has ended"}
+    for sign, why in reason.items():
+        if sign in str(error):
+            ours = [frame for frame in traceback.extract_tb(error.__traceback__)
+                    if Path(torch.__file__).parent not in Path(frame.filename).parents and frame.filename != __file__]
+            return (f"rank {rank()} of {world()} waited for another rank in {Path(ours[-1].filename).name}, line "
+                    f"{ours[-1].lineno} (`{ours[-1].line}`) {why}; see what the others say")
+    return None
+
+
 def run(main):
     """Call main() and leave the process group, whatever happens. Bad input ends with one sentence and exit code 1 (on
     several ranks torchrun adds its own report, and a rank that waits for the one that stopped may add its own)."""
@@ -107,6 +125,10 @@ def run(main):
         sentence = str(error).strip().splitlines()[-1].removeprefix("ddp.InputError: ")
     except KeyboardInterrupt:
         sentence = "interrupted"
+    except RuntimeError as error:
+        sentence = waited_for(error)
+        if not sentence:
+            raise
     finally:
         gc.collect()  # a DDP wrapper that outlives its gloo group aborts at exit
         if dist.is_initialized():

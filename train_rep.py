@@ -11,6 +11,7 @@ and log.jsonl (first line: command, settings, versions; then a line every --log-
 train_linear.py.
 """
 import argparse
+import collections
 import contextlib
 import importlib.util
 import itertools
@@ -35,7 +36,7 @@ import data
 import ddp
 import make_lt
 from baselines import CONTRASTIVE, SUPERVISED
-from checkpoint import save
+from checkpoint import Stop, open_log, save
 from ddp import InputError
 from kcl import fast_kcl_loss
 from moco import MoCo, keep_statistics, with_head
@@ -107,7 +108,10 @@ def parse_args():
                    "[-<n>ranks]")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; only then is the loss read")
     p.add_argument("--save-every", type=int, help="epochs between checkpoints: 1; CIFAR, digits 5")
-    p.add_argument("--restart", action="store_true", help="throw away what --out holds")
+    p.add_argument("--restart", action="store_true", help="throw away what --out holds; else it goes on from there")
+    p.add_argument("--override", action="store_true", help="go on with other settings than the run in --out began with")
+    p.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="leave out up to N steps whose gradient "
+                   "is not finite, in place of stopping at the first")
     args = p.parse_args()
 
     if args.dataset is None:  # make_lt.py knows
@@ -258,18 +262,23 @@ def main():
             return net(*inputs).float()
 
     # resume, or begin
-    first_epoch, head_line = 0, header(args)
+    first_epoch, first_step, running, skipped, head_line = 0, 0, 0.0, 0, header(args)
     ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in head_line["settings"].items()))
-    if (args.out / "ckpt.pt").exists() and not args.restart:
-        free = {"out", "val", "workers", "check", "log_every", "save_every", "restart"}
-        ckpt = checkpoint.load(args.out, head_line["settings"], free, device)
-        model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        first_epoch = ckpt["epoch"]
+    free = {"out", "val", "workers", "check", "log_every", "save_every", "restart", "override", "skip_nonfinite",
+            "compile", "world"}  # whatever the ranks, the parts of a batch are those of virtual_gpus
+    ckpt = None if args.restart else checkpoint.load(args.out, head_line["settings"], free, args.override, device)
+    if ckpt:
+        try:
+            model.load_state_dict(ckpt["model"])
+            optimizer.load_state_dict(ckpt["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{args.out} holds another model ({str(error).splitlines()[-1].strip()}); name another "
+                             "--out") from None
+        first_epoch, first_step, running, skipped = (ckpt[name] for name in ("epoch", "step", "running", "skipped"))
         if first_epoch == args.epochs and (args.out / "backbone.pt").exists():
             ddp.print0(f"{args.out} is finished already; --restart trains it again")
             return
-        ddp.print0(f"{args.out}: going on after epoch {first_epoch} of {args.epochs}")
+        ddp.print0(f"{args.out}: going on after epoch {first_epoch} of {args.epochs}, step {first_step}")
     elif queued and not args.no_fill:
         def batches():
             for epoch in range(-1, -args.queue - 1, -1):  # epochs before the first; more than one if K > the data set
@@ -280,25 +289,32 @@ def main():
         with tqdm(total=args.queue, desc="filling the queue", unit="key", disable=ddp.rank() > 0, leave=False) as bar:
             with amp:
                 model.fill_queue(batches(), to_input)
+    steps = len(loader)
     if ddp.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        if not first_epoch:
-            for name in ("ckpt.pt", "backbone.pt", "head.pt"):
+        if not ckpt:
+            for name in ("ckpt.pt", "ckpt.prev.pt", "backbone.pt", "head.pt"):
                 (args.out / name).unlink(missing_ok=True)
-        log = open(args.out / "log.jsonl", "a" if first_epoch else "w", buffering=1)
-        if not first_epoch:
-            log.write(json.dumps(head_line) + "\n")
+        log = open_log(args.out, head_line, first_epoch * steps + first_step if ckpt else None)
+
+    def save_checkpoint(epoch, step):
+        """After so many whole epochs and steps of the next one."""
+        if ddp.rank() == 0:
+            save({"epoch": epoch, "step": step, "running": total.item(), "skipped": skipped,
+                  "model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": head_line["settings"]},
+                 args.out / "ckpt.pt", before=args.out / "ckpt.prev.pt")
 
     # train
-    steps = len(loader)
-    bar = tqdm(total=steps * args.epochs, initial=steps * first_epoch, desc=args.out.name, unit="step",
+    bar = tqdm(total=steps * args.epochs, initial=steps * first_epoch + first_step, desc=args.out.name, unit="step",
                disable=ddp.rank() > 0, mininterval=1)
     net.train()
+    recent = collections.deque(maxlen=args.log_every)  # the images of the last steps
+    collapsed, stop = False, Stop()
     for epoch in range(first_epoch, args.epochs):
-        draws.set_epoch(epoch)
+        draws.set_epoch(epoch, first_step)
         reversed_batches = itertools.repeat(None)
         if args.loss == "bbn":
-            reversed_draws.set_epoch(epoch)
+            reversed_draws.set_epoch(epoch, first_step)
             reversed_batches = reversed_loader
             alpha = baselines.bbn_alpha(epoch, args.epochs)
         class_weight = None
@@ -306,12 +322,18 @@ def main():
             class_weight = baselines.effective_number_weights(counts, 0.999).to(device)
         if args.drw and epoch >= 0.8 * args.epochs:  # deferred: from 160 of 200 in Cao et al. 2019, sec. 3.3
             class_weight = baselines.effective_number_weights(counts, 0.9999).to(device)
+        lr = learning_rate(args.lr, args.schedule, epoch / args.epochs)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args.lr, args.schedule, epoch / args.epochs)
-        total, since, waited, waiting_since = torch.zeros((), device=device), time.time(), 0.0, time.time()
-        for step, ((views, labels, _), reversed_batch) in enumerate(zip(loader, reversed_batches), 1):
+            group["lr"] = lr
+        total, since, since_step, waited = torch.full((), running, device=device), time.time(), first_step, 0.0
+        waiting_since = time.time()
+        broken_at = torch.zeros((), dtype=torch.long, device=device)  # the first step whose gradient is not finite
+        batches = enumerate(zip(loader, reversed_batches), first_step + 1)
+        for step, ((views, labels, indices), reversed_batch) in batches:
             waited += time.time() - waiting_since
             labels = labels.to(device, non_blocking=True)
+            if args.skip_nonfinite:
+                before, total_before = [x.clone() for x in model.buffers()], total.clone()
             if queued:
                 model.update_key_encoder()
                 with amp:
@@ -348,34 +370,64 @@ def main():
                                                  args.temperature, args.fixed_divisor, args.drop_unused)
                     (loss / micro_batches).backward()
                 total += loss.detach() / micro_batches
+            # all ranks share the gradient. The fused step leaves itself out where found_inf is 1, on the device, so
+            # nothing waits for the answer, and on a GPU the steps up to the log line, where it is read, do no harm
+            finite = torch.stack(torch._foreach_norm([p.grad for p in net.parameters()])).isfinite().all()
+            broken_at = torch.where(finite | (broken_at > 0), broken_at, step)
+            optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()
             optimizer.step()
+            recent.append((step, indices))
 
-            if step % args.log_every == 0 or step == steps:
+            log_now = step % args.log_every == 0 or step == steps
+            if (log_now or args.skip_nonfinite or device.type == "cpu") and (broken := int(broken_at)):
+                images = [dataset.paths[i] for i in dict(recent)[broken].tolist()]
+                (args.out / f"nonfinite-rank{ddp.rank()}.txt").write_text("\n".join(images) + "\n")
+                why = (f"step {epoch * steps + broken}: the gradient is not finite with learning rate {lr:.3g} on "
+                       f"{images[0]} and others (nonfinite-rank{ddp.rank()}.txt names them)")
+                skipped += 1
+                if skipped > args.skip_nonfinite:
+                    raise InputError(f"{why}; {args.out} keeps its last checkpoint; try a smaller --lr")
+                ddp.print0(f"warning: {why}; left out, {skipped} of {args.skip_nonfinite}")
+                for x, saved in zip(model.buffers(), before):
+                    x.copy_(saved)
+                broken_at.zero_()
+                total = total_before
+            elif queued:
+                model.enqueue(keys, key_labels)
+            if log_now:
                 n = (step - 1) % args.log_every + 1
                 torch.distributed.all_reduce(total)
-                total /= ddp.world()
-                line = {"epoch": epoch, "step": epoch * steps + step, "loss": total.item() / n,
-                        "lr": optimizer.param_groups[0]["lr"], "images_per_s": n * args.batch / (time.time() - since),
-                        "loader_wait": waited / (time.time() - since)}  # the share of the time
-                if not math.isfinite(line["loss"]):
-                    raise InputError(f"the loss is {line['loss']} at step {line['step']} with learning rate "
-                                     f"{line['lr']:.3g}; {args.out} keeps its last checkpoint; try a smaller --lr")
+                seconds = time.time() - since
+                line = {"epoch": epoch, "step": epoch * steps + step, "loss": total.item() / ddp.world() / n, "lr": lr,
+                        "images_per_s": (step - since_step) * args.batch / seconds,
+                        "loader_wait": waited / seconds}                      # the share of the time
                 if queued:
                     of_class = torch.bincount(model.queue_labels + 1, minlength=C + 1)[1:]  # (C,), without empty slots
+                    share = of_class / of_class.sum().clamp(min=1)
                     line |= {"queue_filled": of_class.sum().item() / args.queue,
                              "queue_classes": (of_class > 0).sum().item(),
-                             "positives_in_queue": of_class[labels].float().mean().item()}
+                             "queue_share": [share.min().item(), share.median().item(), share.max().item()],
+                             "positives_in_queue": of_class[labels].float().mean().item(),
+                             # 1: the queries fill the sphere; 0: all are one vector
+                             "feature_std": (q.detach().std(0, correction=0).mean() * args.dim**0.5).item()}
+                    if line["feature_std"] < 0.01 and not collapsed:
+                        ddp.print0(f"warning: step {line['step']}: all queries are nearly one vector (feature_std "
+                                   f"{line['feature_std']:.2g}): the representation has collapsed; try a smaller --lr")
+                        collapsed = True
                 if ddp.rank() == 0:
                     log.write(json.dumps(line) + "\n")
                     bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
-                total, since, waited = torch.zeros_like(total), time.time(), 0.0
-            if queued:
-                model.enqueue(keys, key_labels)
+                total, since, since_step, waited = torch.zeros_like(total), time.time(), step, 0.0
             bar.update()
+            if (log_now or ddp.world() == 1) and step < steps and (number := stop.asked()):
+                save_checkpoint(epoch, step)
+                stop.leave(number, args.out)
             waiting_since = time.time()
-        if ddp.rank() == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
-            save({"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                  "settings": head_line["settings"]}, args.out / "ckpt.pt")
+        first_step, running, number = 0, 0.0, stop.asked()
+        if number or (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            save_checkpoint(epoch + 1, 0)
+        if number:
+            stop.leave(number, args.out)
     bar.close()
 
     # hand on

@@ -45,7 +45,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import ddp
-from checkpoint import save, settings_of
+from checkpoint import Stop, open_log, save, settings_of
 from ddp import InputError
 from det_data import Scenes, coco_mask, read_datasets, to_input, to_mask, to_rle, train_loader
 from resnet import ARCHS, load_backbone
@@ -452,7 +452,8 @@ def parse_args():
     p.add_argument("--log-every", type=int, default=20, help="iterations between log lines")
     p.add_argument("--save-every", type=int, help="iterations between checkpoints: 1000, digits 50")
     p.add_argument("--show", type=int, default=0, help="pictures of so many images; also of a finished run")
-    p.add_argument("--restart", action="store_true", help="throw away what --out holds")
+    p.add_argument("--restart", action="store_true", help="throw away what --out holds; else it goes on from there")
+    p.add_argument("--override", action="store_true", help="go on with other settings than the run in --out began with")
     p.add_argument("--table", nargs="+", help="only print the table of these results.json")
     args = p.parse_args()
     if args.table:
@@ -565,9 +566,8 @@ def main():
                  "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in settings.items()))
     first = 0
-    if (args.out / "ckpt.pt").exists() and not args.restart:
-        free = {"out", "split", "workers", "log_every", "save_every", "show", "restart", "table"}
-        ckpt = checkpoint.load(args.out, settings, free, device)
+    free = {"out", "split", "workers", "log_every", "save_every", "show", "restart", "override", "table"}
+    if not args.restart and (ckpt := checkpoint.load(args.out, settings, free, args.override, device)):
         detector.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         first = ckpt["iteration"]
@@ -578,19 +578,17 @@ def main():
     if ddp.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         if not first:
-            for name in ("ckpt.pt", "detector.pt", *(f"{kind}{split}.json" for kind in ("detections", "results")
-                                                     for split in ("", "_val"))):
+            for name in ("ckpt.pt", "ckpt.prev.pt", "detector.pt", *(f"{kind}{split}.json" for split in ("", "_val")
+                                                                     for kind in ("detections", "results"))):
                 (args.out / name).unlink(missing_ok=True)
-        log = open(args.out / "log.jsonl", "a" if first else "w", buffering=1)
-        if not first:
-            log.write(json.dumps(head_line) + "\n")
+        log = open_log(args.out, head_line, first or None)
 
     # train
     loader = train_loader(train_set, args.batch, args.accumulate, args.seed, spec["mirror"], args.workers, first)
     parts = iter(loader)
     bar = tqdm(total=args.iterations, initial=first, desc=str(args.out), unit="step", disable=ddp.rank() > 0,
                mininterval=1)
-    totals, n, since = {}, 0, time.time()
+    totals, n, since, stop = {}, 0, time.time(), Stop()
     net.train()
     for iteration in range(first, args.iterations):
         # each iteration seeds itself, another stream a rank: a resumed run draws what an undisturbed one does
@@ -610,7 +608,7 @@ def main():
         n += 1
         done = iteration + 1
         if done % args.log_every == 0 or done == args.iterations:
-            line = {"iteration": done, "loss": sum(totals.values()).item() / n,
+            line = {"step": done, "loss": sum(totals.values()).item() / n,
                     **{name: x.item() / n for name, x in totals.items()}, "lr": optimizer.param_groups[0]["lr"],
                     "images_per_s": n * args.batch / (time.time() - since)}
             if not math.isfinite(line["loss"]):
@@ -620,9 +618,13 @@ def main():
                 log.write(json.dumps(line) + "\n")
                 bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
             totals, n, since = {}, 0, time.time()
-        if ddp.rank() == 0 and (done % args.save_every == 0 or done == args.iterations):
+        log_now = done % args.log_every == 0 or done == args.iterations
+        number = stop.asked() if log_now or ddp.world() == 1 else 0
+        if ddp.rank() == 0 and (number or done % args.save_every == 0 or done == args.iterations):
             save({"iteration": done, "model": detector.state_dict(), "optimizer": optimizer.state_dict(),
-                  "settings": settings}, args.out / "ckpt.pt")
+                  "settings": settings}, args.out / "ckpt.pt", before=args.out / "ckpt.prev.pt")
+        if number:
+            stop.leave(number, args.out)
         bar.update()
     bar.close()
     del parts  # and its workers

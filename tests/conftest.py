@@ -1,6 +1,7 @@
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 
@@ -25,7 +26,12 @@ def script(monkeypatch):
     Bad input arrives as SystemExit with its sentence."""
     def run(module, *args):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
-        ddp.run(module.main)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        try:
+            ddp.run(module.main)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return run
 
 

@@ -471,7 +471,7 @@ def test_runs_end_to_end(script, small, tmp_path, capsys, dataset, arch):
     assert " | ".join(f"{kind} {c}".rjust(13) for kind in columns for c in columns[kind]) in printed
     first, *lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert first["command"].startswith("transfer_det.py --iterations 3") and first["settings"]["batch"] == 2
-    assert [line["iteration"] for line in lines] == [2, 3] and all(np.isfinite(line["loss"]) for line in lines)
+    assert [line["step"] for line in lines] == [2, 3] and all(np.isfinite(line["loss"]) for line in lines)
     tracked = [x for name, x in torch.load(out / "detector.pt", weights_only=True).items() if name.endswith("tracked")]
     assert tracked and all(x == 2 for x in tracked)  # the two precise iterations
     assert len(json.loads((out / "detections.json").read_text())) == result["detections"]
@@ -484,8 +484,8 @@ def test_resumed_run_equals_the_straight_one(script, small, tmp_path, monkeypatc
     tiny_run(script, *args, "--out", tmp_path / "straight")
     save = transfer_det.save
 
-    def save_and_die(state, path):
-        save(state, path)
+    def save_and_die(*args, **more):
+        save(*args, **more)
         raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(SystemExit, match="interrupted"):
         m.setattr(transfer_det, "save", save_and_die)

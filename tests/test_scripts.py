@@ -4,8 +4,10 @@ import importlib
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +18,14 @@ import torch
 from PIL import Image
 
 import baselines
+import checkpoint
 import evaluate
 import kcl
 import make_lt
 import resnet
 import train_linear
 import train_rep
+from ddp import InputError
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -303,28 +307,92 @@ def test_keys_reach_the_queue_only_after_they_were_used(script, digits, tmp_path
         assert set(asked) == {num_positives}
 
 
-@pytest.mark.parametrize("loss, sampler, workers", [("kcl", "progressive", 1), ("tsc", "class", 0), ("bbn", "instance", 0)])
+@pytest.mark.parametrize("loss, sampler, workers", [
+    ("kcl", "progressive", 1), ("tsc", "class", None), ("bbn", "instance", None), ("ce", "sqrt", 1), ("fcl", "class", None),
+    ("cl", "instance", 0), ("supcon", "sqrt", None), ("ldam", "progressive", None), ("focal", "instance", None),
+    ("cb-focal", "class", None)])
 def test_resumed_run_equals_the_straight_one(script, digits, tmp_path, monkeypatch, loss, sampler, workers):
-    args = ("--loss", loss, "--sampler", sampler, "--epochs", 4, "--save-every", 2, "--batch", 50, "--workers", workers,
+    """Asked to stop in the middle of an epoch, and again at the end of one: everything as if nobody had asked."""
+    args = ("--loss", loss, "--sampler", sampler, "--epochs", 3, "--batch", 36, "--log-every", 2,  # 3 steps an epoch
+            *(("--drw",) if loss == "ldam" else ()), *(() if workers is None else ("--workers", workers)),
             "--list", small_list(digits, tmp_path))
-    straight = tiny_rep(script, digits, tmp_path / "straight", *args)
-    save = train_rep.save
+    tiny_rep(script, digits, tmp_path / "straight", *args)
+    step, steps = torch.optim.SGD.step, []
 
-    def save_and_die(state, path):
-        save(state, path)
-        raise KeyboardInterrupt
-    with monkeypatch.context() as m, pytest.raises(SystemExit, match="interrupted"):
-        m.setattr(train_rep, "save", save_and_die)
+    def step_and_be_told(self, *_):
+        steps.append(0)
+        step(self)
+        if len(steps) in (4, 6):
+            os.kill(os.getpid(), signal.SIGTERM if len(steps) == 4 else signal.SIGUSR1)
+    with monkeypatch.context() as m:
+        m.setattr(torch.optim.SGD, "step", step_and_be_told)
+        for code, where in ((128 + signal.SIGTERM, (1, 1)), (128 + signal.SIGUSR1, (2, 0))):
+            with pytest.raises(SystemExit) as stopped:
+                tiny_rep(script, digits, tmp_path / "run", *args)
+            ckpt = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+            assert stopped.value.code == code and (ckpt["epoch"], ckpt["step"]) == where
+            assert not (tmp_path / "run/backbone.pt").exists()
+            with open(tmp_path / "run/log.jsonl", "a") as log:  # what a killed run may have written after its checkpoint
+                log.write(json.dumps({"epoch": 2, "step": 8, "loss": 0}) + '\n{"epoch": 2, "st')
         tiny_rep(script, digits, tmp_path / "run", *args)
-    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["epoch"] == 2 and not (tmp_path / "run/backbone.pt").exists()
-    resumed = tiny_rep(script, digits, tmp_path / "run", *args)
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    (tmp_path / "run/ckpt.pt").write_bytes((tmp_path / "straight/ckpt.pt").read_bytes()[:1000])
-    with pytest.raises(SystemExit, match="ckpt.pt does not load"):
-        tiny_rep(script, digits, tmp_path / "run", *args)
-    shutil.copy(tmp_path / "straight/ckpt.pt", tmp_path / "run/ckpt.pt")
-    with pytest.raises(SystemExit, match="other settings .lr: 0.1 there, 0.2 here.; name another --out"):
-        tiny_rep(script, digits, tmp_path / "run", *args, "--lr", 0.2)
+    assert len(steps) == 9
+    straight, resumed = ({name: torch.load(tmp_path / out / name, weights_only=True) for name in ("ckpt.pt", "backbone.pt")}
+                         for out in ("straight", "run"))
+    for name, x in straight["backbone.pt"].items():
+        assert torch.equal(x, resumed["backbone.pt"][name])
+    for name, x in straight["ckpt.pt"]["model"].items():  # weights, BatchNorm, queue and labels; pointer and shuffle
+        if isinstance(x, dict):
+            assert x["ptr"] == resumed["ckpt.pt"]["model"][name]["ptr"]
+            x, resumed["ckpt.pt"]["model"][name] = x["shuffle"], resumed["ckpt.pt"]["model"][name]["shuffle"]
+        assert torch.equal(x, resumed["ckpt.pt"]["model"][name])
+    for i, x in straight["ckpt.pt"]["optimizer"]["state"].items():
+        assert torch.equal(x["momentum_buffer"], resumed["ckpt.pt"]["optimizer"]["state"][i]["momentum_buffer"])
+    logs = [[json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()[1:]] for out in ("straight", "run")]
+    assert [line["step"] for line in logs[0]] == [2, 3, 5, 6, 8, 9]
+    assert [(line["step"], line["loss"]) for line in logs[0]] == [(line["step"], line["loss"]) for line in logs[1]]
+
+
+def test_a_broken_checkpoint_gives_way_to_the_one_before(script, digits, tmp_path, capsys):
+    args = ("--loss", "ce", "--epochs", 3, "--batch", 36, "--save-every", 1, "--list", small_list(digits, tmp_path))
+    straight, run = tiny_rep(script, digits, tmp_path / "run", *args), tmp_path / "run"
+    (run / "backbone.pt").unlink()
+    content = bytearray((run / "ckpt.pt").read_bytes())
+    weight = torch.load(run / "ckpt.pt", weights_only=True)["model"]["layer3.0.conv2.weight"]
+    content[content.index(weight.permute(0, 2, 3, 1).numpy().tobytes()[:64])] ^= 1  # one bit: torch.load does not notice
+    (run / "ckpt.pt").write_bytes(content)
+    resumed = tiny_rep(script, digits, run, *args)
+    assert "warning: " + str(run / "ckpt.pt") in capsys.readouterr().out
+    assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
+    for cut in (run / "ckpt.pt", run / "ckpt.prev.pt"):
+        cut.write_bytes(cut.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="does not load, nor one before it; --restart throws it away"):
+        tiny_rep(script, digits, run, *args)
+
+
+def test_other_settings_are_refused_and_can_be_overridden(script, digits, tmp_path):
+    args = ("--loss", "kcl", "--epochs", 1, "--batch", 36, "--list", small_list(digits, tmp_path), "--out")
+    tiny_rep(script, digits, *args[-1:0], tmp_path / "run", *args[:-1])
+    with pytest.raises(SystemExit, match="other settings .temperature: 0.07 there, 0.2 here, lr: 0.1 there, 0.2 here.; name "
+                                         "another --out, --restart to throw it away, or --override"):
+        tiny_rep(script, digits, tmp_path / "run", *args[:-1], "--lr", 0.2, "--temperature", 0.2)
+    tiny_rep(script, digits, tmp_path / "run", *args[:-1], "--lr", 0.2, "--epochs", 2, "--override")
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines[1:]] == pytest.approx([0.1, 0.1])  # 0.2 at the cosine's half
+    with pytest.raises(SystemExit, match="holds another model .size mismatch for encoder_k"):
+        tiny_rep(script, digits, tmp_path / "run", *args[:-1], "--epochs", 3, "--dim", 32, "--override")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    """A limit on the size of files is as good as a full disk to whoever writes."""
+    checkpoint.save({"x": torch.zeros(10)}, tmp_path / "ckpt.pt")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        with pytest.raises(InputError, match="ckpt.pt could not be written .*; the one before is intact"):
+            checkpoint.save({"x": torch.zeros(100_000)}, tmp_path / "ckpt.pt", before=tmp_path / "ckpt.prev.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["x"].shape == (10,) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_each_head_trains_as_it_would_alone(script, digits, tmp_path):
@@ -504,10 +572,42 @@ def test_empty_class_wrong_labels_and_other_architecture(script, digits, tmp_pat
         assert expected in sentence(error)
 
 
-def test_divergence_stops_the_run(script, digits, tmp_path):
+def test_a_gradient_that_is_not_finite(script, digits, tmp_path, monkeypatch, capsys):
+    """The run stops before the step is made, and names it; or leaves it out, queue and BatchNorm too."""
+    args = ("--epochs", 1, "--batch", 36, "--list", small_list(digits, tmp_path))
+    loss, calls = train_rep.fast_kcl_loss, []
+
+    def broken_once(q, *rest):
+        calls.append(0)
+        return loss(q, *rest) * (float("nan") if len(calls) == 2 else 1)
+    monkeypatch.setattr(train_rep, "fast_kcl_loss", broken_once)
     with pytest.raises(SystemExit) as error:
-        tiny_rep(script, digits, tmp_path / "run", "--loss", "ce", "--lr", 1e12)
-    assert "try a smaller --lr" in sentence(error)
+        tiny_rep(script, digits, tmp_path / "run", *args)
+    named = re.search(r"step 2: the gradient is not finite with learning rate 0.1 on (train/\S+) and others", sentence(error))
+    images = (tmp_path / "run/nonfinite-rank0.txt").read_text().splitlines()
+    assert images[0] == named[1] and len(images) == len(set(images)) == 36 and not (tmp_path / "run/ckpt.pt").exists()
+
+    calls.clear()
+    tiny_rep(script, digits, tmp_path / "skip", *args, "--skip-nonfinite", 1)
+    assert "left out, 1 of 1" in capsys.readouterr().out and len(calls) == 3
+    ckpt = torch.load(tmp_path / "skip/ckpt.pt", weights_only=True)
+    assert ckpt["skipped"] == 1 and all(x.isfinite().all() for x in ckpt["model"].values() if isinstance(x, torch.Tensor))
+    assert ckpt["model"]["_extra_state"]["ptr"] == (36 * 3 + 36 * 2) % 100  # the queue was filled with 3 batches
+    assert ckpt["model"]["encoder_q.bn1.num_batches_tracked"] == 2
+
+
+def test_a_collapse_is_named(script, digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_rep.F, "normalize", lambda x, normalize=train_rep.F.normalize: normalize(0 * x + 1))
+    tiny_rep(script, digits, tmp_path / "run", "--epochs", 1, "--batch", 36, "--list", small_list(digits, tmp_path))
+    assert capsys.readouterr().out.count("the representation has collapsed") == 1
+
+
+def test_a_rank_that_hangs_is_named(ranks, monkeypatch):
+    """Rank 1 never comes to the gather: rank 0 says where it waited."""
+    monkeypatch.setenv("KCL_TIMEOUT", "2")
+    with pytest.raises(AssertionError, match=r"error: rank 0 of 2 waited for another rank in hang.py, line \d+ "
+                                             r".`ddp.gather.*. longer than KCL_TIMEOUT seconds"):
+        ranks(2, "hang")
 
 
 def test_the_shell_sees_one_sentence_and_a_failure(tmp_path):

@@ -87,6 +87,12 @@ def parse_args():
     p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="sup, cl moco; CIFAR cifar; digits affine")
     p.add_argument("--workers", type=int, help="data workers of each rank")
     p.add_argument("--check", action="store_true", help="open every image of --list and --val before the first step")
+    p.add_argument("--skip-broken", action="store_true", help="open every image of --list before the first step; those "
+                   "that do not open are left out and stand in OUT/skipped.txt")
+    p.add_argument("--short-side", type=int, help="px that larger images are scaled down to before the crops; default: "
+                   "none, as the paper; with --cache 256")
+    p.add_argument("--cache", help="folder for the decoded images of --list at --short-side, about 30 GB for "
+                   "ImageNet-LT; built by the first run, read by the next ones")
     # optimisation
     p.add_argument("--arch", choices=tuple(ARCHS), help="resnet50, CIFAR resnet32, digits resnet8")
     p.add_argument("--epochs", type=int, help="losses on logits 90, others 200; CIFAR 200; digits 120")
@@ -121,6 +127,10 @@ def parse_args():
     for name, value in {**SETTINGS[spec["kind"]], **by_loss}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.cache and args.short_side is None:
+        args.short_side = spec["resize"]
+    if args.short_side is not None and args.short_side < spec["pixels"]:
+        raise InputError(f"--short-side {args.short_side} must be at least the {spec['pixels']} px of a crop")
     for name in ("temperature", "queue", "dim", "epochs", "batch", "lr", "log_every", "save_every"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
@@ -181,12 +191,17 @@ def main():
     in_memory = spec["kind"] != "photos" and args.workers == 0 and args.aug in data.BATCHED
     transform = (data.center(spec["pixels"], spec["resize"]) if in_memory else
                  data.augmentation(args.aug, spec["pixels"]))
-    dataset = data.ImageList(args.data, args.list, transform, 1 if in_memory else num_views)
+    dataset = data.ImageList(args.data, args.list, transform, 1 if in_memory else num_views, args.short_side)
     if args.val != "none":
         data.refuse_overlap(args.data, args.list, args.val)
-    if args.check and ddp.rank() == 0:
-        if faults := make_lt.check(args.data, {args.list, args.val} - {"none"}, args.workers):
+    if args.check:
+        if faults := data.on_rank0(lambda: make_lt.check(args.data, {args.list, args.val} - {"none"}, args.workers)):
             raise InputError(f"{faults:,} faults in {args.list} or {args.val}, listed above")
+    skipped = args.out / "skipped.txt"
+    resume = (args.out / "ckpt.pt").exists() and not args.restart
+    none_skipped = not args.skip_broken or not dataset.leave_out_broken(skipped, resume, args.workers)
+    if args.cache:
+        dataset.use_cache(args.cache, args.workers)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     loader = (data.InMemory(dataset, draws, args.aug, num_views, device) if in_memory else
               data.train_loader(dataset, draws, args.workers))
@@ -235,9 +250,10 @@ def main():
 
     # resume, or begin
     first_epoch, head_line = 0, header(args)
+    head_line["settings"]["skipped_sha256"] = None if none_skipped else data.sha256(skipped)
     ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in head_line["settings"].items()))
-    if (args.out / "ckpt.pt").exists() and not args.restart:
-        free = {"out", "val", "workers", "check", "log_every", "save_every", "restart"}
+    if resume:
+        free = {"out", "val", "workers", "check", "skip_broken", "cache", "log_every", "save_every", "restart"}
         ckpt = checkpoint.load(args.out, head_line["settings"], free, device)
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])

@@ -157,27 +157,39 @@ def refuse_labels_outside(dataset, num_classes, of):
                          f"{num_classes} classes (0 to {num_classes - 1}) of {of}; use the list of the same classes")
 
 
+def plain_jpeg(content):
+    """Whether these bytes are a JPEG in grey or colour (not CMYK) of no more pixels than PIL takes for sane, 89
+    million: so says its frame header, which PIL takes 20 to 60 us to find."""
+    at = 2 if content.startswith(b"\xff\xd8") else len(content)
+    while content[at:at + 1] == b"\xff" and at + 9 < len(content):
+        marker, length = content[at + 1], int.from_bytes(content[at + 2:at + 4], "big")
+        if marker in range(0xC0, 0xD0) and marker not in (0xC4, 0xC8, 0xCC):  # SOF; these are DHT, JPG and DAC
+            H, W = (int.from_bytes(content[at + i:at + i + 2], "big") for i in (5, 7))
+            return content[at + 9] in (1, 3) and H * W <= Image.MAX_IMAGE_PIXELS
+        at += 2 + length
+    return False
+
+
 def decode(content):
     """The bytes of an image file -> uint8 (3, H, W), as PIL's convert("RGB") has it: alpha is dropped, an animation is
     its first frame, and the camera's orientation (EXIF) is not applied, as in everybody's ImageNet numbers. 16 bit grey
     is scaled to 8 (convert() would clip it to white).
 
-    JPEG is decoded by torchvision.io, on libjpeg-turbo as PIL: the same pixels without PIL's copies. Both raise
-    on a file that ends early, at any byte; neither sees damage in the middle that leaves the stream decodable.
-    Raises one of many kinds of Exception where it does not decode, or has more pixels than PIL takes for sane (89
-    million).
+    JPEG is decoded by torchvision.io, on libjpeg-turbo as PIL: the same pixels without PIL's copies. Both raise on a
+    file that ends early, at any byte; neither sees damage in the middle that leaves the stream decodable.
+    Raises one of many kinds of Exception where the bytes do not decode, or are a decompression bomb in PIL's eyes.
     """
+    if decode_jpeg and plain_jpeg(content):
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        except RuntimeError:
+            pass  # PIL decodes it, or says what is wrong
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content))                       # reads the header only
     except UnidentifiedImageError:
-        raise ValueError("empty" if not content else "of no format that PIL knows") from None
-    if decode_jpeg and image.format in ("JPEG", "MPO") and image.mode != "CMYK":
-        try:
-            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-        except RuntimeError:
-            pass  # PIL decodes it, or says what is wrong
+        raise ValueError("of no format that PIL knows" if content else "empty") from None
     if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):  # older Pillow: I
         grey = (np.asarray(image).astype(np.int64) + 128) // 257          # 65535 / 257 = 255
         image = Image.fromarray(grey.astype(np.uint8))
@@ -301,12 +313,14 @@ class RandomHorizontalFlip(T.RandomHorizontalFlip):
         return image.flip(-1) if torch.rand(1) < self.p else image
 
 
+PLANES = T.Lambda(torch.Tensor.contiguous)  # colours are computed a quarter faster on planes than on pixels
+
 AUGMENTATIONS = {  # name -> steps for uint8 (3, H, W)
     "cifar": lambda pixels: [T.Resize(pixels), T.CenterCrop(pixels), T.RandomCrop(pixels, padding=4),
                              RandomHorizontalFlip()],
     "sup": lambda pixels: [RandomResizedCrop(pixels), RandomHorizontalFlip()],  # scale 0.08-1
-    "lt": lambda pixels: [RandomResizedCrop(pixels), RandomHorizontalFlip(), T.ColorJitter(0.4, 0.4, 0.4, 0)],
-    "moco": lambda pixels: [RandomResizedCrop(pixels, (0.2, 1)), T.RandomGrayscale(0.2),
+    "lt": lambda pixels: [RandomResizedCrop(pixels), RandomHorizontalFlip(), PLANES, T.ColorJitter(0.4, 0.4, 0.4, 0)],
+    "moco": lambda pixels: [RandomResizedCrop(pixels, (0.2, 1)), PLANES, T.RandomGrayscale(0.2),
                             T.ColorJitter(0.4, 0.4, 0.4, 0.4), RandomHorizontalFlip()],
     "mocov2": lambda pixels: [RandomResizedCrop(pixels, (0.2, 1)),
                               T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2),
@@ -315,7 +329,9 @@ AUGMENTATIONS = {  # name -> steps for uint8 (3, H, W)
                               RandomHorizontalFlip()],
     # digits: a flip or a small crop changes the class (2 and 5, 6 and 0); a mild affine map does not
     "affine": lambda pixels: [T.Resize(pixels), T.CenterCrop(pixels),
-                              T.RandomAffine(15, (0.1, 0.1), (0.85, 1.15), interpolation=T.InterpolationMode.BILINEAR)],
+                              # black outside, as without fill; fill=0 would darken the edge twice
+                              T.RandomAffine(15, (0.1, 0.1), (0.85, 1.15), interpolation=T.InterpolationMode.BILINEAR,
+                                             fill=None)],
 }
 
 

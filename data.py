@@ -189,7 +189,7 @@ def decode(content):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content))                       # reads the header only
     except UnidentifiedImageError:
-        raise ValueError("of no format that PIL knows" if content else "empty") from None
+        raise UnidentifiedImageError("no format that PIL knows" if content else "empty file") from None
     if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):  # older Pillow: I
         grey = (np.asarray(image).astype(np.int64) + 128) // 257          # 65535 / 257 = 255
         image = Image.fromarray(grey.astype(np.uint8))

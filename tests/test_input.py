@@ -154,7 +154,7 @@ def test_names_with_spaces_and_letters_of_all_kinds(tmp_path):
 def test_file_that_disappears_while_a_run_reads(tmp_path):
     folder(tmp_path, {f"{i}.jpg": JPEG for i in range(8)})
     images = data.ImageList(tmp_path, "l.txt", data.center(32, 40))
-    loader = iter(data.train_loader(images, data.Draws(images.labels, "instance", 2), workers=1))
+    loader = iter(data.train_loader(images, data.Draws(images.labels, "instance", 2), workers=0))
     next(loader)
     for file in tmp_path.glob("*.jpg"):
         file.unlink()
@@ -368,7 +368,7 @@ def test_broken_images_are_left_out(some_broken, tmp_path, capsys):
     images, file = images_of(some_broken), tmp_path / "out/skipped.txt"
     assert images.leave_out_broken(file, False, 0) == 2
     printed = capsys.readouterr().out
-    assert "2 files of l.txt do not open" in printed and "2.jpg\tValueError: empty" in printed and "5.jpg" in printed
+    assert "2 files of l.txt do not open" in printed and "2.jpg\tUnidentifiedImageError: empty file" in printed and "5.jpg" in printed
     assert [line.split("\t")[0] for line in file.read_text().splitlines()] == ["2.jpg", "5.jpg"]
     kept = [i for i in range(12) if i not in (2, 5)]
     assert images.paths == [f"{i}.jpg" for i in kept] and images.labels.tolist() == [i % 2 for i in kept]

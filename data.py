@@ -1,23 +1,37 @@
 """
 What training, probing and evaluating must agree on: list files, images, transforms, samplers.
 
-A data set is a folder and list files, one `relative/path label` a line. Images leave the loader as uint8 (a quarter of
-the bytes) and are normalised on the device. Which images an epoch draws and how each is augmented depends on the seed,
-the epoch and the position in the epoch, and on nothing else: not on the number of ranks or workers.
+A data set is a folder and list files, one `relative/path label` a line. An image is decoded once for all of its views
+and stays uint8 (a quarter of the bytes) until it is normalised on the device; cache.py keeps it decoded. Which images
+an epoch draws and how each is augmented depends on the seed, the epoch and the position in the epoch, and on nothing
+else: not on the number of ranks or workers.
 """
 import functools
 import hashlib
+import io
 import math
+import warnings
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms as T
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision.transforms import v2 as T
+from tqdm import tqdm
 
 import ddp
+from cache import Cache
 from ddp import InputError
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # deprecated since torchvision 0.29; where it is gone PIL decodes, the same pixels
+    decode_jpeg = None
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -67,13 +81,18 @@ def sha256(file):
 
 
 def read_list(root, name):
-    """Paths (str, below root) and labels (int64 tensor) of the list file `name`.
+    """Paths (str, below root) and labels (int64 tensor) of the list file `name`: read_lines without its lines."""
+    return read_lines(root, name)[1:]
+
+
+def read_lines(root, name):
+    """Line numbers (int), paths (str, below root) and labels (int64 tensor) of the list file `name`.
 
     Reads `train/n01440764/x.JPEG 0` and `/n01440764/x.JPEG 0` (below root/train), as both are published; a path may
     hold spaces. Raises InputError for a missing folder or list, and for a line that is not a path and a label >= 0.
     """
     file = find_list(root, name)
-    paths, labels = [], []
+    numbers, paths, labels = [], [], []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -85,11 +104,31 @@ def read_list(root, name):
         if not path or not label.isdecimal() or len(label) > 7:  # ten million classes: a typing error
             raise InputError(f"{file}, line {number}: expected `relative/path label` with a whole-number label, "
                              f"got `{line.strip()}`")
+        numbers.append(number)
         paths.append("train" + path.rstrip() if path.startswith("/") else path.rstrip())
         labels.append(int(label))
     if not paths:
         raise InputError(f"{file}: the list is empty; expected lines of `path label`")
-    return paths, torch.tensor(labels)
+    return numbers, paths, torch.tensor(labels)
+
+
+def on_rank0(work):
+    """work() on rank 0, its result, or its InputError, on every rank. The others wait for as long as it takes, where a
+    barrier of the default group gives up after 10 or 30 minutes: less than it takes to open every image."""
+    if ddp.world() == 1:
+        return work()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    result = [None]
+    if ddp.rank() == 0:
+        try:
+            result = [work()]
+        except InputError as error:
+            result = [error]
+    dist.broadcast_object_list(result, group=group)
+    dist.destroy_process_group(group)
+    if isinstance(result[0], InputError):
+        raise result[0]
+    return result[0]
 
 
 def class_counts(labels, num_classes=None):
@@ -119,54 +158,187 @@ def refuse_labels_outside(dataset, num_classes, of):
                          f"{num_classes} classes (0 to {num_classes - 1}) of {of}; use the list of the same classes")
 
 
+def plain_jpeg(content):
+    """Whether these bytes are a JPEG in grey or colour (not CMYK) of no more pixels than PIL takes for sane, 89
+    million: so says its frame header, which PIL takes 20 to 60 us to find."""
+    at = 2 if content.startswith(b"\xff\xd8") else len(content)
+    while content[at:at + 1] == b"\xff" and at + 9 < len(content):
+        marker, length = content[at + 1], int.from_bytes(content[at + 2:at + 4], "big")
+        if marker in range(0xC0, 0xD0) and marker not in (0xC4, 0xC8, 0xCC):  # SOF; these are DHT, JPG and DAC
+            H, W = (int.from_bytes(content[at + i:at + i + 2], "big") for i in (5, 7))
+            return content[at + 9] in (1, 3) and H * W <= Image.MAX_IMAGE_PIXELS
+        at += 2 + length
+    return False
+
+
+def decode(content):
+    """The bytes of an image file -> uint8 (3, H, W), as PIL's convert("RGB") has it: alpha is dropped, an animation is
+    its first frame, and the camera's orientation (EXIF) is not applied, as in everybody's ImageNet numbers. 16 bit grey
+    is scaled to 8 (convert() would clip it to white).
+
+    JPEG is decoded by torchvision.io, on libjpeg-turbo as PIL: the same pixels without PIL's copies. Both raise on a
+    file that ends early, at any byte; neither sees damage in the middle that leaves the stream decodable.
+    Raises one of many kinds of Exception where the bytes do not decode, or are a decompression bomb in PIL's eyes.
+    """
+    if decode_jpeg and plain_jpeg(content):
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        except RuntimeError:
+            pass  # PIL decodes it, or says what is wrong
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))                       # reads the header only
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("no format that PIL knows" if content else "empty file") from None
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):  # older Pillow: I
+        grey = (np.asarray(image).astype(np.int64) + 128) // 257          # 65535 / 257 = 255
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("its 32 bit pixels do not say which value is white; convert it to 8 or 16 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")                                     # or PIL warns
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
 class ImageList(Dataset):
     """The images of a list file. An item's key is (index, seed) as Draws yields it, or a plain index where the
-    transform is not random; an item is (views, label, index), views = [uint8 (3, H, W)] * num_views."""
+    transform is not random; an item is (views, label, index), views = [uint8 (3, H, W)] * num_views. With short_side an
+    image whose shorter side is longer is scaled down to it first: other pixels than those of the whole image, and the
+    same ones whether they come from the file or from the cache."""
 
-    def __init__(self, root, name, transform, num_views=1):
+    def __init__(self, root, name, transform, num_views=1, short_side=None):
         self.root, self.name, self.transform, self.num_views = Path(root), name, transform, num_views
-        self.paths, self.labels = read_list(root, name)
+        self.short_side, self.cache = short_side, None
+        self.lines, self.paths, self.labels = read_lines(root, name)
 
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, key):
-        index, seed = key if isinstance(key, tuple) else (key, 0)
+    def image(self, index):
+        """Decoded from its file: uint8 (3, H, W). Raises InputError."""
         file = self.root / self.paths[index]
         try:
-            with open(file, "rb") as f:
-                image = Image.open(f).convert("RGB")
+            image = decode(file.read_bytes())
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... on broken files
-            raise InputError(f"{file} (line {index + 1} of {self.name}) is missing or does not decode as an image: "
-                             f"{error}") from None
-        state = torch.get_rng_state()  # with workers=0 this process' own stream must not notice
+            raise InputError(f"{file} (line {self.lines[index]} of {self.name}) is missing or does not decode as an "
+                             f"image: {one_line(error)}") from None
+        larger = self.short_side and min(image.shape[1:]) > self.short_side
+        return T.functional.resize(image, [self.short_side]) if larger else image
+
+    def __getitem__(self, key):
+        index, seed = key if isinstance(key, tuple) else (key, 0)
+        image = self.cache[index] if self.cache else self.image(index)
+        state = torch.get_rng_state()  # with workers=0 this process' own stream must not notice; both: 4 us
         torch.default_generator.manual_seed(seed)
         views = [self.transform(image) for _ in range(self.num_views)]
         torch.set_rng_state(state)
         return views, self.labels[index], index
 
+    def use_cache(self, folder, workers):
+        """Read from the cache of this list in `folder`, which rank 0 builds first where it is not there."""
+        cache = Cache(folder, self)
+        on_rank0(lambda: cache.build(workers))
+        self.cache = cache.open()
 
-AUGMENTATIONS = {  # name -> steps for PIL images
+    def leave_out_broken(self, file, again, workers):
+        """Drop the images that do not open. The text file `file` lists them, `path<tab>what is wrong` a line; with
+        `again` it is read where it is there: the run that wrote it goes on. Returns their number.
+        Raises InputError where a class is left without an image."""
+        def find():
+            if not (again and file.exists()):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("".join(f"{path}\t{wrong}\n" for path, _, wrong in opened(
+                    self.root, dict.fromkeys(self.paths), workers) if wrong), encoding="utf-8")
+            return file.read_text(encoding="utf-8").splitlines()
+
+        found = on_rank0(find)
+        ddp.print0(f"{len(found):,} files of {self.name} do not open and are left out, see {file}" +
+                   "".join(f"\n  {line}" for line in found[:100]) + "\n  ..." * (len(found) > 100))
+        broken = {line.rpartition("\t")[0] for line in found}
+        keep = [i for i, path in enumerate(self.paths) if path not in broken]
+        before, self.labels = class_counts(self.labels), self.labels[keep]
+        self.paths, self.lines = [self.paths[i] for i in keep], [self.lines[i] for i in keep]
+        lost = ((before > 0) & (class_counts(self.labels, len(before)) == 0)).nonzero()
+        if len(lost):
+            raise InputError(f"{self.name}: no image of class {int(lost[0])} opens (see {file}); is --data the right "
+                             "folder?")
+        return len(found)
+
+
+def one_line(error):
+    return " ".join(f"{error}".split()) or type(error).__name__
+
+
+class Opened(Dataset):
+    """Reads and decodes files: item i is (sha256 of its bytes, or None; what is wrong with it, or None)."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            content = self.files[i].read_bytes()
+            decode(content)
+            return hashlib.sha256(content).hexdigest(), None
+        except Exception as error:  # as in ImageList.image
+            return None, f"{type(error).__name__}: {one_line(error)}"
+
+
+def opened(root, paths, workers):
+    """(path, sha256 of the file or None, what is wrong with it or None) of each, with a progress bar."""
+    paths = list(paths)
+    loader = DataLoader(Opened([Path(root) / path for path in paths]), batch_size=None, num_workers=workers)
+    for path, (digest, wrong) in zip(paths, tqdm(loader, desc="opening", unit="image")):
+        yield path, digest, wrong
+
+
+class RandomResizedCrop(T.RandomResizedCrop):
+    """torchvision's, pixel for pixel, without the checks that cost as much as a tenth of the decoding. The crop is
+    copied before it is scaled: on a view of a larger image the uint8 kernel takes its slow way, 1.6 times as long."""
+
+    def forward(self, image):
+        params = self.make_params([image])
+        y, x, h, w = (params[name] for name in ("top", "left", "height", "width"))
+        crop = image[None, :, y:y + h, x:x + w].contiguous(memory_format=torch.channels_last)
+        return F.interpolate(crop, self.size, mode="bilinear", antialias=True)[0]
+
+
+class RandomHorizontalFlip(T.RandomHorizontalFlip):
+    """torchvision's, likewise."""
+
+    def forward(self, image):
+        return image.flip(-1) if torch.rand(1) < self.p else image
+
+
+PLANES = T.Lambda(torch.Tensor.contiguous)  # colours are computed a quarter faster on planes than on pixels
+
+AUGMENTATIONS = {  # name -> steps for uint8 (3, H, W)
     "cifar": lambda pixels: [T.Resize(pixels), T.CenterCrop(pixels), T.RandomCrop(pixels, padding=4),
-                             T.RandomHorizontalFlip()],
-    "sup": lambda pixels: [T.RandomResizedCrop(pixels), T.RandomHorizontalFlip()],  # scale 0.08-1
-    "lt": lambda pixels: [T.RandomResizedCrop(pixels), T.RandomHorizontalFlip(), T.ColorJitter(0.4, 0.4, 0.4, 0)],
-    "moco": lambda pixels: [T.RandomResizedCrop(pixels, (0.2, 1)), T.RandomGrayscale(0.2),
-                            T.ColorJitter(0.4, 0.4, 0.4, 0.4), T.RandomHorizontalFlip()],
-    "mocov2": lambda pixels: [T.RandomResizedCrop(pixels, (0.2, 1)),
+                             RandomHorizontalFlip()],
+    "sup": lambda pixels: [RandomResizedCrop(pixels), RandomHorizontalFlip()],  # scale 0.08-1
+    "lt": lambda pixels: [RandomResizedCrop(pixels), RandomHorizontalFlip(), PLANES, T.ColorJitter(0.4, 0.4, 0.4, 0)],
+    "moco": lambda pixels: [RandomResizedCrop(pixels, (0.2, 1)), PLANES, T.RandomGrayscale(0.2),
+                            T.ColorJitter(0.4, 0.4, 0.4, 0.4), RandomHorizontalFlip()],
+    "mocov2": lambda pixels: [RandomResizedCrop(pixels, (0.2, 1)),
                               T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2),
                               # a kernel of about a tenth of the image, as SimCLR
                               T.RandomApply([T.GaussianBlur(pixels // 20 * 2 + 1, (0.1, 2.0))], 0.5),
-                              T.RandomHorizontalFlip()],
+                              RandomHorizontalFlip()],
     # digits: a flip or a small crop changes the class (2 and 5, 6 and 0); a mild affine map does not
     "affine": lambda pixels: [T.Resize(pixels), T.CenterCrop(pixels),
-                              T.RandomAffine(15, (0.1, 0.1), (0.85, 1.15), interpolation=T.InterpolationMode.BILINEAR)],
+                              # black outside, as without fill; fill=0 would darken the edge twice
+                              T.RandomAffine(15, (0.1, 0.1), (0.85, 1.15), interpolation=T.InterpolationMode.BILINEAR,
+                                             fill=None)],
 }
 
 
 def augmentation(name, pixels):
-    """A random PIL -> uint8 (3, pixels, pixels) transform by name."""
-    return T.Compose([*AUGMENTATIONS[name](pixels), T.PILToTensor()])
+    """A random uint8 (3, H, W) -> uint8 (3, pixels, pixels) transform by name."""
+    return nn.Sequential(*AUGMENTATIONS[name](pixels))
 
 
 def uniforms(seed, n):
@@ -234,9 +406,8 @@ class InMemory:
 
 
 def center(pixels, resize):
-    """The fixed PIL -> uint8 (3, pixels, pixels) transform of evaluation."""
-    steps = [] if resize == pixels else [T.Resize(resize), T.CenterCrop(pixels)]
-    return T.Compose([*steps, T.PILToTensor()])
+    """The fixed uint8 (3, H, W) -> uint8 (3, pixels, pixels) transform of evaluation."""
+    return T.Identity() if resize == pixels else T.Compose([T.Resize(resize), T.CenterCrop(pixels)])
 
 
 @functools.cache
@@ -310,9 +481,16 @@ class Draws(Sampler):
         return zip(index[mine].tolist(), seed[mine].tolist())
 
 
+def collate(samples):
+    """default_collate with the views channels last, as they come from the decoder and as convolutions take them."""
+    *views, labels, index = default_collate([(*(view.permute(1, 2, 0) for view in views), label, i)
+                                             for views, label, i in samples])
+    return [view.permute(0, 3, 1, 2) for view in views], labels, index
+
+
 def train_loader(dataset, draws, workers):
     """Batches of this rank's share: ([uint8 (b, 3, H, W)] * views, labels (b,), indices (b,))."""
-    return DataLoader(dataset, draws.batch // ddp.world(), sampler=draws, num_workers=workers,
+    return DataLoader(dataset, draws.batch // ddp.world(), sampler=draws, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
                       generator=torch.Generator())  # its own, so that the loader takes nothing from the run's stream
 
@@ -320,4 +498,4 @@ def train_loader(dataset, draws, workers):
 def eval_loader(dataset, batch, workers):
     """Every image exactly once over all ranks, nothing padded: rank r holds images r, r + world, ..."""
     return DataLoader(dataset, batch, sampler=range(ddp.rank(), len(dataset), ddp.world()), num_workers=workers,
-                      pin_memory=torch.cuda.is_available())
+                      collate_fn=collate, pin_memory=torch.cuda.is_available())

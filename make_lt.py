@@ -19,8 +19,6 @@ train_lt.txt, or the published list, is alpha = 1); overlap_source/ ... independ
 of the classes (Table 4, Fig. 3); splits.json, the printed table; and class_sizes.png (Fig. 6).
 """
 import argparse
-import hashlib
-import io
 import json
 import os
 import random
@@ -29,13 +27,11 @@ from pathlib import Path
 
 import numpy as np
 import torchvision
-from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import ddp
 import digits
-from data import DATASETS, class_counts, groups, read_list
+from data import DATASETS, class_counts, groups, opened, read_list
 from ddp import InputError
 
 ALPHAS = {"lt0": 0.0, "lt2": 0.2, "lt4": 0.4, "lt6": 0.6, "lt8": 0.8, "lt": 1.0}
@@ -415,24 +411,6 @@ def make_folder(args, spec, root, out):
 
 # ---- the check
 
-class Opened:
-    """Reads and decodes files: item i is (sha256 of its bytes, or None; what is wrong with it, or None)."""
-
-    def __init__(self, files):
-        self.files = files
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        try:
-            content = self.files[i].read_bytes()
-            Image.open(io.BytesIO(content)).convert("RGB")  # reads all pixels, where open() reads the header only
-            return hashlib.sha256(content).hexdigest(), None
-        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... on broken files
-            return None, f"{type(error).__name__}: {error}"
-
-
 def check(root, names, workers):
     """Print what is wrong with the lists `names` below root: files that are missing or do not decode, images that are
     twice in a list, or in the training and in the val or test lists (by name, and by content). Returns their number."""
@@ -449,8 +427,7 @@ def check(root, names, workers):
         for path in paths:
             used.setdefault(path, set()).add(part[name])
     paths, by_content = list(used), {}
-    loader = DataLoader(Opened([Path(root) / path for path in paths]), batch_size=None, num_workers=workers)
-    for path, (digest, wrong) in zip(paths, tqdm(loader, desc="opening", unit="image")):
+    for path, digest, wrong in opened(root, paths, workers):
         if wrong:
             found.append(f"{path}: {wrong}")
         else:

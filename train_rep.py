@@ -90,6 +90,12 @@ def parse_args():
     p.add_argument("--workers", type=int, help="data workers of each rank: 8 or the cores; by default digits and CIFAR "
                    "need none, they lie in the device's memory and are augmented there, a batch at a time")
     p.add_argument("--check", action="store_true", help="open every image of --list and --val before the first step")
+    p.add_argument("--skip-broken", action="store_true", help="open every image of --list before the first step; those "
+                   "that do not open are left out and stand in OUT/skipped.txt")
+    p.add_argument("--short-side", type=int, help="px that larger images are scaled down to before the crops; default: "
+                   "none, as the paper; with --cache 256")
+    p.add_argument("--cache", help="folder for the decoded images of --list at --short-side, about 30 GB for "
+                   "ImageNet-LT; built by the first run, read by the next ones")
     # optimisation
     p.add_argument("--arch", choices=tuple(ARCHS), help="resnet50, CIFAR resnet32, digits resnet8")
     p.add_argument("--epochs", type=int, help="losses on logits 90, others 200; CIFAR 200; digits 120")
@@ -133,6 +139,10 @@ def parse_args():
     for name, value in {**SETTINGS[spec["kind"]], **by_loss}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.cache and args.short_side is None:
+        args.short_side = spec["resize"]
+    if args.short_side is not None and args.short_side < spec["pixels"]:
+        raise InputError(f"--short-side {args.short_side} must be at least the {spec['pixels']} px of a crop")
     for name in ("temperature", "queue", "dim", "epochs", "batch", "lr", "log_every", "save_every"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
@@ -200,13 +210,19 @@ def main():
         dataset = data.ImageList(args.data, args.list, data.center(spec["pixels"], spec["resize"]))
         loader_of = partial(data.InMemory, dataset, aug=args.aug, num_views=num_views, device=device)
     else:
-        dataset = data.ImageList(args.data, args.list, data.augmentation(args.aug, spec["pixels"]), num_views)
+        augmentation = data.augmentation(args.aug, spec["pixels"])
+        dataset = data.ImageList(args.data, args.list, augmentation, num_views, args.short_side)
         loader_of = partial(data.train_loader, dataset, workers=args.workers)
     if args.val != "none":
         data.refuse_overlap(args.data, args.list, args.val)
-    if args.check and ddp.rank() == 0:
-        if faults := make_lt.check(args.data, {args.list, args.val} - {"none"}, args.workers):
+    if args.check:
+        if faults := data.on_rank0(lambda: make_lt.check(args.data, {args.list, args.val} - {"none"}, args.workers)):
             raise InputError(f"{faults:,} faults in {args.list} or {args.val}, listed above")
+    skipped = args.out / "skipped.txt"
+    resume = not args.restart and any((args.out / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt"))
+    none_skipped = not args.skip_broken or not dataset.leave_out_broken(skipped, resume, args.workers)
+    if args.cache:
+        dataset.use_cache(args.cache, args.workers)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     loader = loader_of(draws)
     counts = data.class_counts(dataset.labels)
@@ -262,10 +278,12 @@ def main():
             return net(*inputs).float()
 
     # resume, or begin
-    first_epoch, first_step, running, skipped, head_line = 0, 0, 0.0, 0, header(args)
+    first_epoch, first_step, running, left_out, head_line = 0, 0, 0.0, 0, header(args)
+    head_line["settings"]["skipped_sha256"] = None if none_skipped else data.sha256(skipped)
     ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in head_line["settings"].items()))
     free = {"out", "val", "workers", "check", "log_every", "save_every", "restart", "override", "skip_nonfinite",
-            "compile", "world"}  # whatever the ranks, the parts of a batch are those of virtual_gpus
+            "compile", "skip_broken", "cache",
+            "world"}  # whatever the ranks, the parts of a batch are those of virtual_gpus
     ckpt = None if args.restart else checkpoint.load(args.out, head_line["settings"], free, args.override, device)
     if ckpt:
         try:
@@ -274,7 +292,7 @@ def main():
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{args.out} holds another model ({str(error).splitlines()[-1].strip()}); name another "
                              "--out") from None
-        first_epoch, first_step, running, skipped = (ckpt[name] for name in ("epoch", "step", "running", "skipped"))
+        first_epoch, first_step, running, left_out = (ckpt[name] for name in ("epoch", "step", "running", "left_out"))
         if first_epoch == args.epochs and (args.out / "backbone.pt").exists():
             ddp.print0(f"{args.out} is finished already; --restart trains it again")
             return
@@ -300,7 +318,7 @@ def main():
     def save_checkpoint(epoch, step):
         """After so many whole epochs and steps of the next one."""
         if ddp.rank() == 0:
-            save({"epoch": epoch, "step": step, "running": total.item(), "skipped": skipped,
+            save({"epoch": epoch, "step": step, "running": total.item(), "left_out": left_out,
                   "model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": head_line["settings"]},
                  args.out / "ckpt.pt", before=args.out / "ckpt.prev.pt")
 
@@ -384,10 +402,10 @@ def main():
                 (args.out / f"nonfinite-rank{ddp.rank()}.txt").write_text("\n".join(images) + "\n")
                 why = (f"step {epoch * steps + broken}: the gradient is not finite with learning rate {lr:.3g} on "
                        f"{images[0]} and others (nonfinite-rank{ddp.rank()}.txt names them)")
-                skipped += 1
-                if skipped > args.skip_nonfinite:
+                left_out += 1
+                if left_out > args.skip_nonfinite:
                     raise InputError(f"{why}; {args.out} keeps its last checkpoint; try a smaller --lr")
-                ddp.print0(f"warning: {why}; left out, {skipped} of {args.skip_nonfinite}")
+                ddp.print0(f"warning: {why}; left out, {left_out} of {args.skip_nonfinite}")
                 for x, saved in zip(model.buffers(), before):
                     x.copy_(saved)
                 broken_at.zero_()

@@ -133,7 +133,7 @@ def test_missing_folder_and_list(tmp_path):
 @pytest.mark.parametrize("name", data.AUGMENTATIONS)
 def test_augmentations_make_squares_of_any_image(name):
     for size in ((90, 60), (300, 400)):
-        out = data.augmentation(name, 64)(Image.new("RGB", size))
+        out = data.augmentation(name, 64)(torch.zeros(3, *size, dtype=torch.uint8))
         assert out.shape == (3, 64, 64) and out.dtype == torch.uint8
 
 

@@ -591,7 +591,7 @@ def test_a_gradient_that_is_not_finite(script, digits, tmp_path, monkeypatch, ca
     tiny_rep(script, digits, tmp_path / "skip", *args, "--skip-nonfinite", 1)
     assert "left out, 1 of 1" in capsys.readouterr().out and len(calls) == 3
     ckpt = torch.load(tmp_path / "skip/ckpt.pt", weights_only=True)
-    assert ckpt["skipped"] == 1 and all(x.isfinite().all() for x in ckpt["model"].values() if isinstance(x, torch.Tensor))
+    assert ckpt["left_out"] == 1 and all(x.isfinite().all() for x in ckpt["model"].values() if isinstance(x, torch.Tensor))
     assert ckpt["model"]["_extra_state"]["ptr"] == (36 * 3 + 36 * 2) % 100  # the queue was filled with 3 batches
     assert ckpt["model"]["encoder_q.bn1.num_batches_tracked"] == 2
 

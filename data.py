@@ -7,6 +7,8 @@ the epoch and the position in the epoch, and on nothing else: not on the number 
 """
 import hashlib
 import math
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -69,13 +71,14 @@ def read_list(root, name):
     """Paths (str, below root) and labels (int64 tensor) of the list file `name`.
 
     Reads `train/n01440764/x.JPEG 0` and `/n01440764/x.JPEG 0` (below root/train), as both are published; a path may
-    hold spaces. Raises InputError for a missing folder or list, and for a line that is not a path and a label >= 0.
+    hold spaces. Raises InputError for a missing folder or list, and for a line that is not a path below root and a
+    label >= 0.
     """
     file = find_list(root, name)
     paths, labels = [], []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
+    except (OSError, UnicodeDecodeError):
         raise InputError(f"{file}: not a text file in UTF-8; expected lines of `path label`") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -83,12 +86,35 @@ def read_list(root, name):
         path, _, label = line.strip().rpartition(" ")
         if not path or not label.isdecimal() or len(label) > 7:  # ten million classes: a typing error
             raise InputError(f"{file}, line {number}: expected `relative/path label` with a whole-number label, "
-                             f"got `{line.strip()}`")
+                             f"got `{printable(line.strip())}`")
+        if OUTSIDE.search(path):
+            raise InputError(f"{file}, line {number}: `{printable(path)}` is not a path below the data folder; expected "
+                             "one with / and without `..`, drive letters and control characters")
         paths.append("train" + path.rstrip() if path.startswith("/") else path.rstrip())
         labels.append(int(label))
     if not paths:
         raise InputError(f"{file}: the list is empty; expected lines of `path label`")
+    if max(labels) >= max(100_000, len(labels)):  # as many numbers are allocated, in a classifier times the features
+        raise InputError(f"{file}: label {max(labels)} in a list of {len(labels)} images; labels count the classes from 0")
     return paths, torch.tensor(labels)
+
+
+OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|\\|^[A-Za-z]:|[\x00-\x1f\x7f]")
+
+
+def printable(text):
+    """Of a stranger's line what a terminal only prints."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
+def inside(root, path):
+    """root / path, to be opened; InputError where a link leads out of root, which itself may be one."""
+    file = os.path.join(root, path)
+    real, top = os.path.realpath(file), os.path.realpath(root)  # 30 us
+    if os.path.commonpath((real, top)) != top:
+        raise InputError(f"{file} leaves the data folder by a link, to {real}; put a copy there, or name as --data the "
+                         "folder that really holds the images")
+    return Path(file)
 
 
 def class_counts(labels, num_classes=None):
@@ -131,7 +157,7 @@ class ImageList(Dataset):
 
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, 0)
-        file = self.root / self.paths[index]
+        file = inside(self.root, self.paths[index])
         try:
             with open(file, "rb") as f:
                 image = Image.open(f).convert("RGB")

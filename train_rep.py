@@ -38,6 +38,7 @@ from checkpoint import save
 from ddp import InputError
 from kcl import kcl_loss
 from moco import MoCo, with_head
+from reading import read_json
 from resnet import ARCHS, load_backbone
 
 # The hyper-parameters by kind of data set and loss: the paper's Table 7 for photographs (batch 256 = 8 GPUs x 32,
@@ -105,8 +106,12 @@ def parse_args():
 
     if args.dataset is None:  # make_lt.py knows
         made = Path(args.data or "") / "splits.json"
-        args.dataset = "digits" if args.data is None else "imagenet" if not made.is_file() else \
-            json.loads(made.read_text())["dataset"]
+        args.dataset = "digits" if args.data is None else "imagenet"
+        if args.data is not None and made.is_file():
+            table = read_json(made, expected := "the table that make_lt.py writes; or say --dataset")
+            args.dataset = table.get("dataset") if isinstance(table, dict) else None
+            if not isinstance(args.dataset, str) or args.dataset not in data.DATASETS:
+                raise InputError(f"{made}: names no data set; expected {expected}")
     spec = data.DATASETS[args.dataset]
     args.data = args.data or spec["root"]
     if args.data is None:

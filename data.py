@@ -50,8 +50,8 @@ def find_list(root, name):
     root, file = Path(root), Path(name)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; --data names the folder that the list's paths start from")
-    file = file if file.is_file() else root / name
-    if not file.is_file():
+    file = file if os.path.isfile(file) else root / name
+    if not os.path.isfile(file):
         raise InputError(f"{name}: no such list file, neither here nor in {root}; expected lines of `path label`")
     return file
 
@@ -99,7 +99,7 @@ def read_list(root, name):
     return paths, torch.tensor(labels)
 
 
-OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|\\|^[A-Za-z]:|[\x00-\x1f\x7f]")
+OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|\\|^[A-Za-z]:|[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def printable(text):

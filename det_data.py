@@ -139,7 +139,7 @@ def voc_dictionary(root, splits):
                         "image_id": image["id"], "category_id": VOC_CLASSES.index(category) + 1,
                         "bbox": [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1],
                         "difficult": int(thing.findtext("difficult", "0"))})
-            except FileNotFoundError:
+            except OSError:
                 raise InputError(f"{file}: no such annotation file, but {names} lists it") from None
             except (ElementTree.ParseError, AttributeError, TypeError, ValueError, OverflowError) as error:
                 raise InputError(f"{file}: not an annotation of VOC ({printable(str(error))})") from None
@@ -153,7 +153,7 @@ def is_mask(segmentation, H, W):
     if not segmentation:
         return True
     if isinstance(segmentation, list):
-        return all(isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and
+        return all(isinstance(polygon, list) and len(polygon) >= 4 and len(polygon) % 2 == 0 and
                    all(isinstance(x, (int, float)) and abs(x) < 2**16 for x in polygon) for polygon in segmentation)
     counts = segmentation["counts"]
     if isinstance(counts, str):  # five bits a character, lowest first, 32 for `more follow`, from the third a difference
@@ -219,7 +219,7 @@ def checked(dataset, name, root=None, masks=False):
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{name}: not a COCO-style dictionary ({type(error).__name__}: {error})") from None
     folders = {root / file.parent for file in files}
-    there = {folder / entry.name for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
+    there = {folder / entry.name for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)}
     missing = [file for file in files if root / file not in there]  # one listing a folder, not 118,287 questions
     if missing:
         raise InputError(f"{len(missing)} of {len(files)} images of {name} have no file (first: {root / missing[0]})")
@@ -246,7 +246,7 @@ def read_datasets(name, root, masks, split="test", train_scenes=1000, test_scene
     else:
         train, test = coco_dictionary(root, "train2017"), coco_dictionary(root, "val2017")
     train, test = checked(train, "the training set", root, masks), checked(test, "the test set", root, masks)
-    if {c["id"]: c["name"] for c in train["categories"]} != {c["id"]: c["name"] for c in test["categories"]}:
+    if {c["id"]: c.get("name") for c in train["categories"]} != {c["id"]: c.get("name") for c in test["categories"]}:
         raise InputError(f"{root}: training and test set have other categories; the label map is wrong")
     return (train, partial(load_file, root)), (test, partial(load_file, root))
 

@@ -101,7 +101,7 @@ def load_head(path, root, groups_list):
     head = read_head(path)
     C = len(head["weight"])
     trained_on = Path(head["data"]) / head["counts_of"]
-    if root is None and trained_on.is_file() and data.sha256(trained_on) != head["list_sha256"]:
+    if root is None and os.path.isfile(trained_on) and data.sha256(trained_on) != head["list_sha256"]:
         raise InputError(f"{head['counts_of']} in {head['data']} is not the list that {path} was made with, but "
                          "another of that name; train again")
     head["data"] = root or head["data"]
@@ -112,7 +112,7 @@ def load_head(path, root, groups_list):
         raise InputError(f"{head['counts_of']} has {len(head['counts'])} classes, the classifier {path} {C}; "
                          "name the training list of its classes with --groups")
     backbone = Path(os.path.normpath(Path(path).parent / head["backbone"]))
-    if backbone.is_file() and data.sha256(backbone) != head["backbone_sha256"]:
+    if os.path.isfile(backbone) and data.sha256(backbone) != head["backbone_sha256"]:
         raise InputError(f"{path} was trained on another {backbone} than is there now; run train_linear.py again")
     return head
 

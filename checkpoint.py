@@ -10,7 +10,7 @@ import torch
 
 import data
 from ddp import InputError
-from reading import read
+from reading import printable, read
 from resnet import ARCHS
 
 
@@ -26,7 +26,7 @@ def load(out, settings, free, device):
     ckpt = read(out / "ckpt.pt", expected := "the checkpoint of a run; --restart throws it away", device)
     if not isinstance(ckpt.get("settings"), dict):
         raise InputError(f"{out / 'ckpt.pt'}: holds no settings; expected {expected}")
-    differ = [f"{name}: {ckpt['settings'].get(name)} there, {v} here" for name, v in settings.items()
+    differ = [f"{name}: {printable(ckpt['settings'].get(name))} there, {v} here" for name, v in settings.items()
               if name not in free and ckpt["settings"].get(name) != v]
     if differ:
         raise InputError(f"{out} holds a run with other settings ({differ[0]}); name another --out, or --restart to "
@@ -43,7 +43,8 @@ def settings_of(backbone):
     try:
         settings = json.loads(log.read_text(encoding="utf-8").splitlines()[0])["settings"]
         known = {"arch": ARCHS, "dataset": data.DATASETS, "data": None, "list": None, "list_sha256": None, "loss": None}
-        if not all(isinstance(settings[name], str) and settings[name] in (values or settings[name])
+        if not all(isinstance(settings[name], str) and min(settings[name], default=" ") >= " " and
+                   settings[name] in (values or [settings[name]])
                    for name, values in known.items()):
             raise ValueError
         return settings
@@ -53,14 +54,14 @@ def settings_of(backbone):
 
 
 def read_head(path):
-    """A head.pt of train_rep.py or train_linear.py: a linear classifier, weight (C, D) and bias (C,), and of what it is.
+    """A head.pt of train_rep.py or train_linear.py: a linear classifier, weight (C, D) and bias (C,), and of what.
     Raises InputError where an entry is missing or is not what it should be."""
     head = read(path, expected := "a head.pt of train_linear.py, or of a CE run of train_rep.py")
     W, b = head.get("weight"), head.get("bias")
     sizes, counts = [head.get("pixels"), head.get("resize")], head.get("counts")
     text = ("backbone", "backbone_sha256", "arch", "dataset", "data", "list", "counts_of", "list_sha256", "name",
             "protocol")
-    wrong = [name for name in text if not isinstance(head.get(name), str)]
+    wrong = [name for name in text if not isinstance(head.get(name), str) or min(head[name], default=" ") < " "]
     wrong += ["chosen"] * (not isinstance(head.get("chosen", ""), str))
     if not (isinstance(W, torch.Tensor) and isinstance(b, torch.Tensor) and W.dtype == b.dtype == torch.float32 and
             W.ndim == 2 and len(W) and b.shape == W.shape[:1] and W.isfinite().all() and b.isfinite().all()):

@@ -19,6 +19,7 @@ from torchvision import transforms as T
 
 import ddp
 from ddp import InputError
+from reading import printable
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -88,23 +89,19 @@ def read_list(root, name):
             raise InputError(f"{file}, line {number}: expected `relative/path label` with a whole-number label, "
                              f"got `{printable(line.strip())}`")
         if OUTSIDE.search(path):
-            raise InputError(f"{file}, line {number}: `{printable(path)}` is not a path below the data folder; expected "
-                             "one with / and without `..`, drive letters and control characters")
+            raise InputError(f"{file}, line {number}: `{printable(path)}` is not a path below the data folder; "
+                             "expected one with / and without `..`, drive letters and control characters")
         paths.append("train" + path.rstrip() if path.startswith("/") else path.rstrip())
         labels.append(int(label))
     if not paths:
         raise InputError(f"{file}: the list is empty; expected lines of `path label`")
     if max(labels) >= max(100_000, len(labels)):  # as many numbers are allocated, in a classifier times the features
-        raise InputError(f"{file}: label {max(labels)} in a list of {len(labels)} images; labels count the classes from 0")
+        raise InputError(f"{file}: label {max(labels)} in a list of {len(labels)} images; labels count the classes "
+                         "from 0")
     return paths, torch.tensor(labels)
 
 
 OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|\\|^[A-Za-z]:|[\x00-\x1f\x7f\ud800-\udfff]")
-
-
-def printable(text):
-    """Of a stranger's line what a terminal only prints."""
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
 def inside(root, path):
@@ -216,7 +213,7 @@ def batched_affine(images, u):
     """RandomAffine(15, (0.1, 0.1), (0.85, 1.15)) of a batch; u (B, 4) uniform."""
     angle, scale = (2 * u[:, 0] - 1) * math.radians(15), 0.85 + 0.3 * u[:, 3]
     H, W = images.shape[-2:]
-    dx, dy = ((0.1 * side * (2 * u[:, i] - 1)).round() * 2 / side for i, side in ((1, W), (2, H)))  # whole pixels, as T's
+    dx, dy = ((0.1 * side * (2 * u[:, i] - 1)).round() * 2 / side for i, side in ((1, W), (2, H)))  # whole pixels: T's
     cos, sin = angle.cos() / scale, angle.sin() / scale                   # the inverse map: rotate back, scale back
     back = torch.stack([cos, sin, -sin, cos], dim=1).view(-1, 2, 2)
     shift = -(back @ torch.stack([dx, dy], dim=1)[:, :, None])
@@ -230,7 +227,8 @@ def batched_crop_flip(images, u, padding=4):
     y, x = ((u[:, i] * (2 * padding + 1)).long()[:, None] for i in (0, 1))
     rows, columns = y + torch.arange(H, device=u.device), x + torch.arange(W, device=u.device)
     columns = torch.where(u[:, 2:3] < 0.5, columns, columns.flip(1))
-    return padded[torch.arange(B, device=u.device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    image = torch.arange(B, device=u.device)[:, None, None]
+    return padded[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 BATCHED = {"affine": (batched_affine, 4), "cifar": (batched_crop_flip, 3)}  # name -> function, uniforms that it takes

@@ -5,7 +5,6 @@ What a detector learns from: VOC, COCO and scenes of embedded digits, all as COC
 Nothing is downloaded; the official folder layouts are checked before a run starts. Masks need pycocotools.
 """
 import itertools
-import json
 import os
 import xml.etree.ElementTree as ElementTree
 from functools import partial
@@ -17,10 +16,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import ddp
-from data import OUTSIDE, inside, printable
+from data import OUTSIDE, inside
 from ddp import InputError
 from digits import EMBEDDED, split_digits
-from reading import read_json
+from reading import printable, read_json
 
 # ---- scenes of digits
 
@@ -142,7 +141,7 @@ def voc_dictionary(root, splits):
             except OSError:
                 raise InputError(f"{file}: no such annotation file, but {names} lists it") from None
             except (ElementTree.ParseError, AttributeError, TypeError, ValueError, OverflowError) as error:
-                raise InputError(f"{file}: not an annotation of VOC ({printable(str(error))})") from None
+                raise InputError(f"{file}: not an annotation of VOC ({printable(error)})") from None
             dataset["images"].append(image)
     return dataset
 
@@ -156,7 +155,7 @@ def is_mask(segmentation, H, W):
         return all(isinstance(polygon, list) and len(polygon) >= 4 and len(polygon) % 2 == 0 and
                    all(isinstance(x, (int, float)) and abs(x) < 2**16 for x in polygon) for polygon in segmentation)
     counts = segmentation["counts"]
-    if isinstance(counts, str):  # five bits a character, lowest first, 32 for `more follow`, from the third a difference
+    if isinstance(counts, str):  # five bits a character, lowest first, 32: more follow; differences from the third
         runs, counts = counts.encode(), []
         x = shift = 0
         for c in runs:
@@ -178,8 +177,8 @@ def checked(dataset, name, root=None, masks=False):
     difficult filled in. Raises InputError for what would fail, or count for nothing, hours later.
     root: the folder of its files; without one no file is looked for. masks: every annotation needs one."""
     def where(a):
-        return (f"{name}: an annotation (image {printable(str(a['image_id']))}, category "
-                f"{printable(str(a['category_id']))}, bbox {a['bbox']})")
+        return (f"{name}: an annotation (image {printable(a['image_id'])}, category "
+                f"{printable(a['category_id'])}, bbox {a['bbox']})")
 
     def number(x):
         return isinstance(x, (int, float)) and abs(x) < 1e9  # neither nan
@@ -202,8 +201,8 @@ def checked(dataset, name, root=None, masks=False):
         for a in dataset["annotations"]:
             x, y, w, h = a["bbox"]
             if not all(map(number, (x, y, w, h, a.get("area", 0)))) or a.get("iscrowd", 0) not in (0, 1):
-                raise InputError(f"{name}: an annotation without four numbers as its bbox, or with another iscrowd than "
-                                 "0 and 1")
+                raise InputError(f"{name}: an annotation without four numbers as its bbox, or with another iscrowd "
+                                 "than 0 and 1")
             if a["image_id"] not in sizes:
                 raise InputError(f"{where(a)} of an image that is not in the list of images")
             if a["category_id"] not in categories:

@@ -6,8 +6,8 @@ Hand a backbone on to other programs.
 
 torchvision and timm read backbone.pt as it is: load_state_dict(torch.load(path), strict=False) lacks the fc and nothing
 else. safetensors: the same names. detectron2: its names for a ResNet, in the pickle that MoCo's converter makes, for
-MODEL.WEIGHTS, with MODEL.PIXEL_MEAN and PIXEL_STD of RGB images and INPUT.FORMAT "RGB". Any checkpoint that train_linear.py
-reads will do; its prefix and its head are left out.
+MODEL.WEIGHTS, with MODEL.PIXEL_MEAN and PIXEL_STD of RGB images and INPUT.FORMAT "RGB". Any checkpoint that
+train_linear.py reads will do; its prefix and its head are left out.
 """
 import argparse
 import os
@@ -39,17 +39,18 @@ def main():
     arch = args.arch or settings_of(args.backbone).get("arch")
     if arch is None:
         raise InputError(f"no log.jsonl of train_rep.py beside {args.backbone}; say --arch")
-    if args.to == "detectron2" and not (hasattr(ARCHS[arch](), "layer4")):
-        raise InputError(f"detectron2 has no {arch}, whose stem and shortcuts are CIFAR's; --to safetensors keeps it")
-    state = load_backbone(args.backbone, arch).state_dict()
-    if any(".rebalanced." in name for name in state):
-        raise InputError(f"{args.backbone} has BBN's two branches, which no other program reads")
-    tmp = f"{args.out}.tmp"
     if args.to == "safetensors":
         try:
             from safetensors.torch import save_file
         except ImportError:
             raise InputError("--to safetensors needs it: `pip install safetensors`") from None
+    state = load_backbone(args.backbone, arch).state_dict()
+    if any(".rebalanced." in name for name in state):
+        raise InputError(f"{args.backbone} has BBN's two branches, which no other program reads")
+    if args.to == "detectron2" and "layer4.0.conv1.weight" not in state:
+        raise InputError(f"detectron2 has no {arch}, whose stem and shortcuts are CIFAR's; --to safetensors keeps it")
+    tmp = f"{args.out}.tmp"
+    if args.to == "safetensors":
         save_file({name: x.contiguous() for name, x in state.items()}, tmp, {"format": "pt"})
     else:
         with open(tmp, "wb") as f:

@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 import ddp
 import digits
-from data import DATASETS, OUTSIDE, class_counts, groups, inside, printable, read_list
+from data import DATASETS, OUTSIDE, class_counts, groups, inside, read_list
 from ddp import InputError
-from reading import read_json
+from reading import printable, read_json
 
 ALPHAS = {"lt0": 0.0, "lt2": 0.2, "lt4": 0.4, "lt6": 0.6, "lt8": 0.8, "lt": 1.0}
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -323,8 +323,8 @@ def make_inat(root, out, overwrite):
         except (LookupError, TypeError) as error:
             raise InputError(f"{file}: not the annotations of iNaturalist 2018 ({type(error).__name__})") from None
         if wrong or not pairs:
-            raise InputError(f"{file}: {f'`{printable(wrong[0])}` is no' if wrong else 'no'} path below the data folder "
-                             "with a whole number as its category")
+            raise InputError(f"{file}: {f'`{printable(wrong[0])}` is no' if wrong else 'no'} path below the data "
+                             "folder with a whole number as its category")
         lines = [f"{path} {c}\n" for path, c in pairs]
         name = f"iNaturalist18_{part}"
         write(out / f"{name}.txt", "".join(lines), overwrite)

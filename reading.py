@@ -39,6 +39,11 @@ class Ordered(dict):
     """In the place of an OrderedDict, the only thing that may have an attribute: load_state_dict's _metadata."""
 
 
+def printable(text):
+    """The start of a stranger's text, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:300])
+
+
 def put(dictionary, pairs):
     """pairs: key, value, key, value ..."""
     if not isinstance(dictionary, dict) or not all(isinstance(key, (str, int, float)) for key in pairs[::2]):
@@ -57,9 +62,9 @@ def tensor_fits(size, stride, offset, items):
 
 
 def walk(stream, storages):
-    """What one pickle of torch.save holds, without unpickling it: dictionaries, lists and tuples as they are, None for a
-    tensor. Adds to `storages` those that it claims, {key: (bytes, items)}. Raises Refused, or ValueError, LookupError,
-    TypeError for a pickle that is broken."""
+    """What one pickle of torch.save holds, without unpickling it: dictionaries, lists and tuples as they are, None for
+    a tensor. Adds to `storages` those that it claims, {key: (bytes, items)}. Raises Refused, or ValueError,
+    LookupError, TypeError for a pickle that is broken."""
     stack, marks, memo = [], [], {}
 
     def take(n):
@@ -157,8 +162,8 @@ def check(path):
             if f"{folder}/constants.pkl".lower() in sizes:
                 raise Refused("is a TorchScript archive; save its state_dict")
             if sum(entry.file_size for entry in entries) > size or any(entry.compress_type for entry in entries):
-                raise Refused(f"unpacks to {sum(entry.file_size for entry in entries):,} bytes from {size:,}; torch.save "
-                              "does not compress")
+                raise Refused(f"unpacks to {sum(entry.file_size for entry in entries):,} bytes from {size:,}, and "
+                              "torch.save does not compress")
             # what is before the first entry or behind the last makes two readers see two archives
             if len(sizes) < len(entries) or archive.comment or min(entry.header_offset for entry in entries):
                 raise Refused("is an archive that torch.save does not write")
@@ -205,7 +210,7 @@ def read(path, expected, device="cpu"):
             raise Refused(f"holds a {type(content).__name__}")
         return content
     except Refused as error:
-        reason = "".join(c if c.isprintable() else "?" for c in str(error)[:300])
+        reason = printable(error)
     except Exception as error:  # half a dozen kinds, on a file that is none of torch's
         reason = f"no file of torch.save, or a broken one ({type(error).__name__})"
     raise InputError(f"{path}: {reason}; expected {expected}")

@@ -11,7 +11,7 @@ import torchvision
 
 from baselines import branch
 from ddp import InputError, print0
-from reading import read
+from reading import printable, read
 
 
 class BasicBlock(nn.Module):
@@ -94,8 +94,8 @@ def load_backbone(path, arch):
     """The encoder of `arch` without its fc, from a file of train_rep.py, torchvision, timm, MoCo, DINO, Barlow Twins,
     VICReg, solo-learn or lightly (.pt, .pth, .ckpt, or .safetensors). Prints what was matched and what was left out.
 
-    Maps (B, 3, H, W) to features (B, D). Raises InputError where any tensor but those of a head is missing, too many, of
-    another shape, or not finite: a half-loaded backbone must not go unnoticed.
+    Maps (B, 3, H, W) to features (B, D). Raises InputError where any tensor but those of a head is missing, too many,
+    of another shape, or not finite: a half-loaded backbone must not go unnoticed.
     """
     if arch not in ARCHS:
         raise InputError(f"{arch}: no such architecture; expected one of {', '.join(ARCHS)}")
@@ -121,13 +121,14 @@ def load_backbone(path, arch):
     extra = [name for name in names if name not in own]
     if missing or extra:
         raise InputError(f"{path} does not fit --arch {arch}: {len(missing)} of its {len(own)} tensors missing or of "
-                         f"another shape, {len(extra)} unknown (first: {(missing + extra)[0]}); name the architecture "
-                         "that it was trained with")
+                         f"another shape, {len(extra)} unknown (first: {printable((missing + extra)[0])}); name the "
+                         "architecture that it was trained with")
     if broken := [name for name in names if not state[names[name]].float().isfinite().all()]:
-        raise InputError(f"{path}: {names[broken[0]]} holds numbers that are not finite; expected a trained backbone")
+        raise InputError(f"{path}: {printable(names[broken[0]])} holds numbers that are not finite; expected "
+                         "a trained backbone")
     encoder.load_state_dict({**own, **{name: state[names[name]] for name in names}})
     left_out = [name for name in state if name not in set(names.values())]
     print0(f"{path}: {len(names)} of {len(own)} tensors matched" + f" after removing `{prefix}`" * bool(prefix) +
-           f"; left out: {', '.join(map(str, left_out[:4]))}{', ...' * (len(left_out) > 4)} ({len(left_out)})" *
+           f"; left out: {', '.join(map(printable, left_out[:4]))}{', ...' * (len(left_out) > 4)} ({len(left_out)})" *
            bool(left_out))
     return encoder

@@ -358,7 +358,8 @@ def load_results(path):
     kinds = [kind for kind in ("box", "mask") if isinstance(row, dict) and kind in row]
     if not kinds or not isinstance(row.get("run"), str) or not all(
             isinstance(row[kind], dict) and set(row[kind]) == {"AP", "AP50", "AP75"} and
-            all(x is None or isinstance(x, (int, float)) and 0 <= x <= 100 for x in row[kind].values()) for kind in kinds):
+            all(x is None or isinstance(x, (int, float)) and 0 <= x <= 100 for x in row[kind].values())
+            for kind in kinds):
         raise InputError(f"{path}: not the results of a run; expected {expected}")
     return {"run": row["run"], **{kind: row[kind] for kind in kinds}}
 
@@ -393,6 +394,7 @@ def show(scenes, dataset, detections, n, out):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     from evaluate import OKABE_ITO
     names = {c["id"]: c["name"] for c in dataset["categories"]}
     colours = OKABE_ITO[:6]  # the last two, black and yellow, are lost on dark images and under white letters

@@ -11,7 +11,6 @@ import tarfile
 import zipfile
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,13 +117,12 @@ def test_only_a_head_may_be_missing_or_too_much(trained, tmp_path, capsys):
     file = tmp_path / "x.pt"
     first, counter = "layer1.0.conv1.weight", "bn1.num_batches_tracked"
     for change, expected in (
-            ({first: None}, "does not fit --arch resnet8: 1 of its 49"), ({"layer9.weight": torch.ones(2)}, "1 unknown .first: layer9"),
+            ({first: None}, "does not fit --arch resnet8: 1 of its 42"), ({"layer9.weight": torch.ones(2)}, "1 unknown .first: layer9"),
             ({first: trained[first][:, :3]}, "of another shape"), ({first: trained[first].int()}, "of another shape"),
             ({first: trained[first] + torch.nan}, "layer1.0.conv1.weight holds numbers that are not finite"),
-            ({first: 3}, "1 of its"), ({first: trained[first].expand(5, *trained[first].shape)}, "another shape"),
+            ({first: 3}, "1 of its"), ({first: trained[first].expand(5, *trained[first].shape)}, "claims a tensor of shape .5, "),
             ({first: trained[first].to(torch.complex64)}, "ComplexFloatStorage"), ({"conv1.weight": None}, "not a plain state_dict"),
-            ({first: trained[first].to_sparse()}, "_rebuild_sparse_tensor"), ({3: 4}, "1 unknown .first: 3"),
-            ({first: torch.quantize_per_tensor(trained[first], 1.0, 0, torch.qint8)}, "quint8|QInt8Storage|_rebuild_qtensor|per_tensor")):
+            ({first: trained[first].to_sparse()}, "_rebuild_sparse_tensor"), ({3: 4}, "1 unknown .first: 3")):
         torch.save({name: x for name, x in {**trained, **change}.items() if x is not None}, file)
         with pytest.raises(InputError, match=expected):
             resnet.load_backbone(file, "resnet8")
@@ -163,24 +161,25 @@ DETECTRON2 = {
 
 
 def test_export(script, tmp_path, capsys, monkeypatch):
-    torch.manual_seed(0)
-    net = torchvision.models.resnet50()
-    state = {n: x for n, x in net.state_dict().items() if not n.startswith("fc.")}
+    with torch.device("meta"):
+        model = {export.detectron2_name(n): x.shape for n, x in torchvision.models.resnet50().state_dict().items() if "fc." not in n}
+    assert {name: model[name] for name in DETECTRON2} == DETECTRON2 and len(model) == 318
+    assert {name.split(".")[0] for name in model} == {"stem", "res2", "res3", "res4", "res5"}
+    assert not any(x in name for name in model for x in ("layer", "bn", "downsample"))
+
+    state = {n: x for n, x in torchvision.models.resnet18().state_dict().items() if not n.startswith("fc.")}
     torch.save(below("module.encoder_q.", state), tmp_path / "moco.pth")
-    script(export, tmp_path / "moco.pth", "--to", "detectron2", tmp_path / "d2.pkl", "--arch", "resnet50")
+    script(export, tmp_path / "moco.pth", "--to", "detectron2", tmp_path / "d2.pkl", "--arch", "resnet18")
     with open(tmp_path / "d2.pkl", "rb") as f:
         content = pickle.load(f)
     model = content.pop("model")
-    assert content == {"__author__": "KCL", "matching_heuristics": True} and len(model) == len(state) == 318
-    assert {name: model[name].shape for name in DETECTRON2} == DETECTRON2
-    assert {name.split(".")[0] for name in model} == {"stem", "res2", "res3", "res4", "res5"}
-    assert not any(x in name for name in model for x in ("layer", "bn", "downsample", "fc"))
+    assert content == {"__author__": "KCL", "matching_heuristics": True} and len(model) == len(state) == 120
     assert all(isinstance(x, np.ndarray) for x in model.values()) and np.array_equal(model["res3.0.conv2.weight"], state["layer2.0.conv2.weight"])
-    script(export, tmp_path / "moco.pth", "--to", "safetensors", tmp_path / "x.safetensors", "--arch", "resnet50")
+    script(export, tmp_path / "moco.pth", "--to", "safetensors", tmp_path / "x.safetensors", "--arch", "resnet18")
     back = safetensors.torch.load_file(tmp_path / "x.safetensors")
-    assert all(torch.equal(back[name], x) for name, x in state.items()) and len(back) == 318
-    resnet.load_backbone(tmp_path / "x.safetensors", "resnet50")
-    assert "318 tensors in" in capsys.readouterr().out and not list(tmp_path.glob("*.tmp"))
+    assert all(torch.equal(back[name], x) for name, x in state.items()) and len(back) == 120
+    resnet.load_backbone(tmp_path / "x.safetensors", "resnet18")
+    assert "120 tensors in" in capsys.readouterr().out and not list(tmp_path.glob("*.tmp"))
     torch.save(resnet.ARCHS["resnet8"]().state_dict(), tmp_path / "cifar.pt")
     for args, expected in (((tmp_path / "cifar.pt", "--to", "detectron2", tmp_path / "y", "--arch", "resnet8"), "detectron2 has no resnet8"),
                            ((tmp_path / "cifar.pt", "--to", "safetensors", tmp_path / "y"), "say --arch"),
@@ -188,7 +187,7 @@ def test_export(script, tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match=expected):
             script(export, *args)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    for args in ((tmp_path / "cifar.pt", "--arch", "resnet8"), (tmp_path / "x.safetensors", "--arch", "resnet50")):
+    for args in ((tmp_path / "cifar.pt", "--arch", "resnet8"), (tmp_path / "x.safetensors", "--arch", "resnet18")):
         with pytest.raises(SystemExit, match="pip install safetensors"):
             script(export, *args, "--to", "safetensors", tmp_path / "y")
     assert not (tmp_path / "y").exists()
@@ -236,11 +235,9 @@ def tensor(storage, size=(2,), stride=(1,), offset=0, hooks=None, *more):
     return {"conv1.weight": Calls(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, hooks or {}, *more)}
 
 
-def nested(depth, wrap=tuple):
-    x = wrap(())
-    for _ in range(depth):
-        x = wrap((x, x))
-    return x
+# {x: 1} and {1: x} with x = (x', x'), x' = (x'', x'') ... fifty deep, by hand: Python itself would not come back from a hash
+NESTED = b")" + b"q\0h\0\x86" * 50
+PAIRS = {"key": b"\x80\x02}" + NESTED + b"K\1s.", "value": b"\x80\x02}K\1" + NESTED + b"s."}
 
 
 HOSTILE = {  # what is in the pickle -> the sentence
@@ -259,11 +256,12 @@ HOSTILE = {  # what is in the pickle -> the sentence
     "a negative stride": (tensor(Storage(6), (2,), (-1,)), "impossible shape"),
     "a fractional size": (tensor(Storage(6), (1.5,), (1,)), "impossible shape"),
     "a thousand dimensions": (tensor(Storage(6), (1,) * 1000, (1,) * 1000), "claims a tensor"),
+    "a quantised tensor": ({"a": Calls(torch._utils._rebuild_qtensor, Storage(6), 0, (2,))}, "holds `torch._utils._rebuild_qtensor`"),
     "hooks": (tensor(Storage(6), hooks={0: 3}), "hooks or marks"),
     "conjugates": (tensor(Storage(6), (2,), (1,), 0, None, {"neg": True}), "hooks or marks"),
     "calls a string": ({"a": Calls(torch.Size, (1,))}, None),
-    "a key that takes years to hash": ({nested(50): 1}, "one container in two places"),
-    "a list that takes years to print": ({"a": nested(50, list)}, "one container in two places"),
+    "a key that takes years to hash": (PAIRS["key"], "one container in two places"),
+    "a value that takes years to print": (PAIRS["value"], "one container in two places"),
     "a namespace": ({"args": argparse.Namespace(lr=1)}, "holds `argparse.Namespace`, where only .*; if you trust it, save its state_dict alone"),
     "no dictionary": ([1, 2], "holds a list"), "a key that is none": ({None: 1}, "keys are no names")}
 
@@ -272,9 +270,9 @@ HOSTILE = {  # what is in the pickle -> the sentence
 def test_hostile_pickles(tmp_path, monkeypatch, what):
     monkeypatch.chdir(tmp_path)
     thing, expected = HOSTILE[what]
-    zipped = dumps(thing)
+    zipped = thing if isinstance(thing, bytes) else dumps(thing)
     archive("a.pt", zipped, {"x/data/0": bytes(24)})
-    Path("b.pt").write_bytes(legacy(dumps(thing, (None,)), ["0"] if b"storage" in zipped else [], b"\6" + bytes(31)))
+    Path("b.pt").write_bytes(legacy(thing if isinstance(thing, bytes) else dumps(thing, (None,)), ["0"] if b"storage" in zipped else [], b"\6" + bytes(31)))
     for file in ("a.pt", "b.pt"):
         if expected is None:  # harmless, and loads
             assert reading.read(file, "x") == {"a": torch.Size([1])}
@@ -304,7 +302,6 @@ def test_hostile_files(tmp_path, monkeypatch):
         z.writestr("x/data/0", bytes(2**20))
         for i in range(1, 99):
             entry = zipfile.ZipInfo(f"x/data/{i}")
-            entry.__dict__ |= {}
             for name in ("header_offset", "file_size", "compress_size", "CRC"):
                 setattr(entry, name, getattr(z.filelist[1], name))
             z.filelist.append(entry)
@@ -362,7 +359,7 @@ def test_lists_stay_below_the_data_folder(tmp_path):
         data.read_list(root, "l.txt")
 
 
-def test_links_stay_below_the_data_folder(tmp_path, digits):
+def test_links_stay_below_the_data_folder(tmp_path):
     real, secret = tmp_path / "disk/data", tmp_path / "secret"
     for folder in (real / "a", secret):
         folder.mkdir(parents=True)
@@ -461,7 +458,7 @@ class Tiny(nn.Module):
 HEAD = {**dict.fromkeys(("backbone", "backbone_sha256", "data", "list", "counts_of", "list_sha256", "name", "protocol"), "x"),
         "arch": "resnet8", "dataset": "digits", "weight": torch.ones(2, 3), "bias": torch.ones(2), "counts": [2, 1],
         "mean": (0.1, 0.2, 0.3), "std": (0.2, 0.2, 0.2), "pixels": 32, "resize": 32}
-WEIGHTS = {**Tiny().state_dict(), **HEAD, "settings": {"lr": 0.1, "list": "x"}, "epoch": 1}
+WEIGHTS = {**HEAD, "state_dict": Tiny().state_dict(), "settings": {"lr": 0.1, "list": "x"}, "epoch": 1}
 
 
 def saved(content, **how):
@@ -475,10 +472,8 @@ with zipfile.ZipFile(io.BytesIO(NEW)) as z:
     ENTRIES = {entry.filename.replace("archive/", "x/"): z.read(entry) for entry in z.infolist()}
 
 
-def every_weights_reader(file):
-    survives(resnet.load_backbone, file, "tiny")
-    survives(evaluate.load_head, file, None, None)
-    survives(checkpoint.load, file.parent, {"lr": 0.1}, (), "cpu")
+READERS = {"backbone": lambda file: resnet.load_backbone(file, "tiny"), "head": lambda file: evaluate.load_head(file, None, None),
+           "checkpoint": lambda file: checkpoint.load(file.parent, {"lr": 0.1}, (), "cpu")}
 
 
 @pytest.fixture
@@ -490,21 +485,21 @@ def tiny(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("good", [NEW, OLD], ids=["zip", "legacy"])
 def test_fuzz_checkpoints(tiny, good):
     tiny.write_bytes(good)
-    assert resnet.load_backbone(tiny, "tiny") and evaluate.load_head(tiny, None, None) and checkpoint.load(tiny.parent, {"lr": 0.1}, (), "cpu")
+    assert all(read(tiny) for read in READERS.values())
 
-    @fuzz(500, content=st.one_of(mutated(good), st.binary(max_size=200).map(lambda tail: good[:300] + tail)))
-    def run(content):
+    @fuzz(500, content=st.one_of(mutated(good), st.binary(max_size=200).map(lambda tail: good[:300] + tail)), read=st.sampled_from([*READERS]))
+    def run(content, read):
         tiny.write_bytes(content)
-        every_weights_reader(tiny)
+        survives(READERS[read], tiny)
     run()
 
 
 def test_fuzz_the_pickle_in_an_archive(tiny):
     """With checksums that fit, which a mutated archive has not."""
-    @fuzz(600, pickled=mutated(ENTRIES["x/data.pkl"]))
-    def run(pickled):
+    @fuzz(700, pickled=mutated(ENTRIES["x/data.pkl"]), read=st.sampled_from([*READERS]))
+    def run(pickled, read):
         archive(tiny, pickled, {name: x for name, x in ENTRIES.items() if name.startswith("x/data/")})
-        every_weights_reader(tiny)
+        survives(READERS[read], tiny)
     run()
 
 
@@ -519,12 +514,12 @@ TENSORS = st.one_of(
 
 def test_fuzz_what_a_checkpoint_holds(tiny):
     """One to three entries of a good one replaced by anything that torch.save writes, or put below another key."""
-    @fuzz(500, changes=st.dictionaries(st.one_of(st.sampled_from([*WEIGHTS, "state_dict", "model", "0.weight", "backbone.conv1.weight"]), SCALARS.filter(
-        lambda x: x == x)), st.one_of(TENSORS, JSON), min_size=1, max_size=3), below_key=st.sampled_from(["", "state_dict", "teacher"]))
-    def run(changes, below_key):
-        content = {**WEIGHTS, **changes}
-        torch.save({below_key: content} if below_key else content, tiny)
-        every_weights_reader(tiny)
+    @fuzz(500, changes=st.dictionaries(st.one_of(st.sampled_from([*WEIGHTS, *WEIGHTS["state_dict"], "model", "0.weight", "backbone.conv1.weight"]), SCALARS.filter(
+        lambda x: x == x)), st.one_of(TENSORS, JSON), min_size=1, max_size=3), read=st.sampled_from([*READERS]))
+    def run(changes, read):
+        content = {**(WEIGHTS["state_dict"] if read == "backbone" else WEIGHTS), **changes}
+        torch.save(content, tiny)
+        survives(READERS[read], tiny)
     run()
 
 
@@ -535,7 +530,7 @@ WORDS = st.one_of(st.sampled_from(["a/b.png", "/n01/x", "..", "/", "\\", "C:", "
 def test_fuzz_lists(tmp_path):
     file, seen = tmp_path / "l.txt", []
 
-    @fuzz(900, content=st.one_of(st.binary(max_size=60), mutated(b"train/a/x.JPEG 0\n/n01440764/x.JPEG 1\n"), st.lists(
+    @fuzz(800, content=st.one_of(st.binary(max_size=60), mutated(b"train/a/x.JPEG 0\n/n01440764/x.JPEG 1\n"), st.lists(
         st.tuples(WORDS, st.sampled_from(["", " ", "/", "\t", "\n", "\r\n"])), max_size=12).map(
             lambda words: "".join(itertools.chain(*words)).encode("utf-8", "surrogatepass"))))
     def run(content):
@@ -563,7 +558,7 @@ DOCUMENTS = {
              "annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 1, 4, 4.5], "area": 16, "iscrowd": 0,
                               "segmentation": [[1, 1, 5, 1, 5, 5]]},
                              {"image_id": 2, "category_id": 1, "bbox": [0, 0, 5, 5], "segmentation": {"size": [8, 9], "counts": [8, 20, 44]}},
-                             {"image_id": 2, "category_id": 1, "bbox": [0, 0, 5, 5], "segmentation": {"size": [8, 9], "counts": "0d1d1"}}]},
+                             {"image_id": 2, "category_id": 1, "bbox": [0, 0, 5, 5], "segmentation": det_data.to_rle(np.eye(8, 9, dtype=bool))}]},
     "inat": {"images": [{"id": 1, "file_name": "train_val2018/a.jpg"}], "annotations": [{"image_id": 1, "category_id": 3}]}}
 
 

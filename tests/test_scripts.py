@@ -18,7 +18,6 @@ from PIL import Image
 import baselines
 import evaluate
 import kcl
-import make_lt
 import resnet
 import train_linear
 import train_rep

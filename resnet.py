@@ -99,7 +99,8 @@ def load_backbone(path, arch):
     """
     if arch not in ARCHS:
         raise InputError(f"{arch}: no such architecture; expected one of {', '.join(ARCHS)}")
-    expected = "a backbone.pt, which train_rep.py writes, or the checkpoint of a ResNet (README, In your own code)"
+    expected = ("a backbone.pt, which train_rep.py writes, or another ResNet's checkpoint (README, From and to other "
+                "programs)")
     content = read(path, expected)
     try:
         state, names, prefix = encoder_in(content)

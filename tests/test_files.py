@@ -167,19 +167,20 @@ def test_export(script, tmp_path, capsys, monkeypatch):
     assert {name.split(".")[0] for name in model} == {"stem", "res2", "res3", "res4", "res5"}
     assert not any(x in name for name in model for x in ("layer", "bn", "downsample"))
 
-    state = {n: x for n, x in torchvision.models.resnet18().state_dict().items() if not n.startswith("fc.")}
+    monkeypatch.setitem(resnet.ARCHS, "resnet10", partial(torchvision.models.ResNet, torchvision.models.resnet.BasicBlock, [1] * 4))
+    state = {n: x for n, x in resnet.ARCHS["resnet10"]().state_dict().items() if not n.startswith("fc.")}
     torch.save(below("module.encoder_q.", state), tmp_path / "moco.pth")
-    script(export, tmp_path / "moco.pth", "--to", "detectron2", tmp_path / "d2.pkl", "--arch", "resnet18")
+    script(export, tmp_path / "moco.pth", "--to", "detectron2", tmp_path / "d2.pkl", "--arch", "resnet10")
     with open(tmp_path / "d2.pkl", "rb") as f:
         content = pickle.load(f)
     model = content.pop("model")
-    assert content == {"__author__": "KCL", "matching_heuristics": True} and len(model) == len(state) == 120
+    assert content == {"__author__": "KCL", "matching_heuristics": True} and len(model) == len(state) == 72
     assert all(isinstance(x, np.ndarray) for x in model.values()) and np.array_equal(model["res3.0.conv2.weight"], state["layer2.0.conv2.weight"])
-    script(export, tmp_path / "moco.pth", "--to", "safetensors", tmp_path / "x.safetensors", "--arch", "resnet18")
+    script(export, tmp_path / "moco.pth", "--to", "safetensors", tmp_path / "x.safetensors", "--arch", "resnet10")
     back = safetensors.torch.load_file(tmp_path / "x.safetensors")
-    assert all(torch.equal(back[name], x) for name, x in state.items()) and len(back) == 120
-    resnet.load_backbone(tmp_path / "x.safetensors", "resnet18")
-    assert "120 tensors in" in capsys.readouterr().out and not list(tmp_path.glob("*.tmp"))
+    assert all(torch.equal(back[name], x) for name, x in state.items()) and len(back) == 72
+    resnet.load_backbone(tmp_path / "x.safetensors", "resnet10")
+    assert "72 tensors in" in capsys.readouterr().out and not list(tmp_path.glob("*.tmp"))
     torch.save(resnet.ARCHS["resnet8"]().state_dict(), tmp_path / "cifar.pt")
     for args, expected in (((tmp_path / "cifar.pt", "--to", "detectron2", tmp_path / "y", "--arch", "resnet8"), "detectron2 has no resnet8"),
                            ((tmp_path / "cifar.pt", "--to", "safetensors", tmp_path / "y"), "say --arch"),
@@ -187,7 +188,7 @@ def test_export(script, tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match=expected):
             script(export, *args)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    for args in ((tmp_path / "cifar.pt", "--arch", "resnet8"), (tmp_path / "x.safetensors", "--arch", "resnet18")):
+    for args in ((tmp_path / "cifar.pt", "--arch", "resnet8"), (tmp_path / "x.safetensors", "--arch", "resnet10")):
         with pytest.raises(SystemExit, match="pip install safetensors"):
             script(export, *args, "--to", "safetensors", tmp_path / "y")
     assert not (tmp_path / "y").exists()

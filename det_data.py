@@ -93,7 +93,7 @@ def coco_dictionary(root, split):
         for image in dataset["images"]:
             image["file_name"] = f"{split}/{image['file_name']}"
     except (LookupError, TypeError):
-        raise InputError(f"{file}: no list of images; expected {expected}") from None
+        raise InputError(f"{file}: not COCO's instances, without a list of images; expected {expected}") from None
     return dataset
 
 

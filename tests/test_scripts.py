@@ -100,7 +100,8 @@ def test_every_command_of_the_readme(copy, script, monkeypatch):
     assert scored["images"] == 1000 and scored["top1"] == pytest.approx(np.mean(scored["per_class"]))
     assert json.loads((copy / "runs/digits-lt-kcl-seed0/det-digits-fpn-seed0/results.json").read_text())["images"] == 2
     for picture in ("accuracy_by_class.png", "balancedness.png"):
-        assert Image.open(copy / "runs" / picture).size[0] > 500
+        with Image.open(copy / "runs" / picture) as image:
+            assert image.size[0] > 500
 
 
 def test_the_main_job_in_one_line(copy):

@@ -401,7 +401,7 @@ def test_missing_folder_list_and_head(script, digits, tmp_path):
                            ((train_linear, tmp_path / "backbone.pt", "--arch", "resnet8", "--dataset", "digits", "--data",
                              digits), "backbone.pt: no such file"),
                            ((evaluate, tmp_path / "head.pt"), "head.pt: no such file; expected a head.pt"),
-                           ((evaluate, tmp_path), "expected one of train_linear.py")):
+                           ((evaluate, tmp_path), "expected a head.pt of train_linear.py")):
         with pytest.raises(SystemExit) as error:
             script(*args)
         assert expected in sentence(error)

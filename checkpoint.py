@@ -1,5 +1,6 @@
 """
-What a run leaves for later: its checkpoint, to go on from, and its settings, which stand in the first line of its log.
+What a run leaves for later: its checkpoint, to go on from, its settings, which stand in the first line of its log, and
+its classifier.
 """
 import json
 import math

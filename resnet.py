@@ -128,7 +128,8 @@ def load_backbone(path, arch):
         raise InputError(f"{path}: {printable(names[broken[0]])} holds numbers that are not finite; expected "
                          "a trained backbone")
     encoder.load_state_dict({**own, **{name: state[names[name]] for name in names}})
-    left_out = [name for name in state if name not in set(names.values())]
+    taken = set(names.values())
+    left_out = [name for name in state if name not in taken]
     print0(f"{path}: {len(names)} of {len(own)} tensors matched" + f" after removing `{prefix}`" * bool(prefix) +
            f"; left out: {', '.join(map(printable, left_out[:4]))}{', ...' * (len(left_out) > 4)} ({len(left_out)})" *
            bool(left_out))

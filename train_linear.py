@@ -51,7 +51,7 @@ SETTINGS = {
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("backbone", help="backbone.pt of train_rep.py, or any state_dict in torchvision's names")
+    p.add_argument("backbone", help="backbone.pt of train_rep.py, or another ResNet's checkpoint")
     p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="which list and sampler: see above")
     p.add_argument("--classifier", choices=("linear", "lws"), default="linear", help="see above")
     # what the log beside the backbone knows; needed for a backbone from elsewhere

@@ -10,6 +10,8 @@ import functools
 import hashlib
 import io
 import math
+import os
+import re
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +29,7 @@ from tqdm import tqdm
 import ddp
 from cache import Cache
 from ddp import InputError
+from reading import printable
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -63,8 +66,8 @@ def find_list(root, name):
     root, file = Path(root), Path(name)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; --data names the folder that the list's paths start from")
-    file = file if file.is_file() else root / name
-    if not file.is_file():
+    file = file if os.path.isfile(file) else root / name
+    if not os.path.isfile(file):
         raise InputError(f"{name}: no such list file, neither here nor in {root}; expected lines of `path label`")
     return file
 
@@ -89,13 +92,14 @@ def read_lines(root, name):
     """Line numbers (int), paths (str, below root) and labels (int64 tensor) of the list file `name`.
 
     Reads `train/n01440764/x.JPEG 0` and `/n01440764/x.JPEG 0` (below root/train), as both are published; a path may
-    hold spaces. Raises InputError for a missing folder or list, and for a line that is not a path and a label >= 0.
+    hold spaces. Raises InputError for a missing folder or list, and for a line that is not a path below root and a
+    label >= 0.
     """
     file = find_list(root, name)
     numbers, paths, labels = [], [], []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
+    except (OSError, UnicodeDecodeError):
         raise InputError(f"{file}: not a text file in UTF-8; expected lines of `path label`") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -103,12 +107,18 @@ def read_lines(root, name):
         path, _, label = line.strip().rpartition(" ")
         if not path or not label.isdecimal() or len(label) > 7:  # ten million classes: a typing error
             raise InputError(f"{file}, line {number}: expected `relative/path label` with a whole-number label, "
-                             f"got `{line.strip()}`")
+                             f"got `{printable(line.strip())}`")
+        if OUTSIDE.search(path):
+            raise InputError(f"{file}, line {number}: `{printable(path)}` is not a path below the data folder; "
+                             "expected one with / and without `..`, drive letters and control characters")
         numbers.append(number)
         paths.append("train" + path.rstrip() if path.startswith("/") else path.rstrip())
         labels.append(int(label))
     if not paths:
         raise InputError(f"{file}: the list is empty; expected lines of `path label`")
+    if max(labels) >= max(100_000, len(labels)):  # as many numbers are allocated, in a classifier times the features
+        raise InputError(f"{file}: label {max(labels)} in a list of {len(labels)} images; labels count the classes "
+                         "from 0")
     return numbers, paths, torch.tensor(labels)
 
 
@@ -129,6 +139,19 @@ def on_rank0(work):
     if isinstance(result[0], InputError):
         raise result[0]
     return result[0]
+
+
+OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|\\|^[A-Za-z]:|[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def inside(root, path):
+    """root / path, to be opened; InputError where a link leads out of root, which itself may be one."""
+    file = os.path.join(root, path)
+    real, top = os.path.realpath(file), os.path.realpath(root)  # 30 us
+    if os.path.commonpath((real, top)) != top:
+        raise InputError(f"{file} leaves the data folder by a link, to {real}; put a copy there, or name as --data the "
+                         "folder that really holds the images")
+    return Path(file)
 
 
 def class_counts(labels, num_classes=None):
@@ -217,7 +240,7 @@ class ImageList(Dataset):
 
     def image(self, index):
         """Decoded from its file: uint8 (3, H, W). Raises InputError."""
-        file = self.root / self.paths[index]
+        file = inside(self.root, self.paths[index])
         try:
             image = decode(file.read_bytes())
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... on broken files
@@ -271,27 +294,27 @@ def one_line(error):
 
 
 class Opened(Dataset):
-    """Reads and decodes files: item i is (sha256 of its bytes, or None; what is wrong with it, or None)."""
+    """Reads and decodes the paths below root: item i is (sha256 of the bytes or None, what is wrong with it or None)."""
 
-    def __init__(self, files):
-        self.files = files
+    def __init__(self, root, paths):
+        self.root, self.paths = root, paths
 
     def __len__(self):
-        return len(self.files)
+        return len(self.paths)
 
     def __getitem__(self, i):
         try:
-            content = self.files[i].read_bytes()
+            content = inside(self.root, self.paths[i]).read_bytes()
             decode(content)
             return hashlib.sha256(content).hexdigest(), None
-        except Exception as error:  # as in ImageList.image
+        except Exception as error:  # as in ImageList.image, or InputError
             return None, f"{type(error).__name__}: {one_line(error)}"
 
 
 def opened(root, paths, workers):
     """(path, sha256 of the file or None, what is wrong with it or None) of each, with a progress bar."""
     paths = list(paths)
-    loader = DataLoader(Opened([Path(root) / path for path in paths]), batch_size=None, num_workers=workers)
+    loader = DataLoader(Opened(root, paths), batch_size=None, num_workers=workers)
     for path, (digest, wrong) in zip(paths, tqdm(loader, desc="opening", unit="image")):
         yield path, digest, wrong
 

@@ -5,7 +5,6 @@ What a detector learns from: VOC, COCO and scenes of embedded digits, all as COC
 Nothing is downloaded; the official folder layouts are checked before a run starts. Masks need pycocotools.
 """
 import itertools
-import json
 import os
 import xml.etree.ElementTree as ElementTree
 from functools import partial
@@ -17,8 +16,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import ddp
+from data import OUTSIDE, inside
 from ddp import InputError
 from digits import EMBEDDED, split_digits
+from reading import printable, read_json
 
 # ---- scenes of digits
 
@@ -85,16 +86,14 @@ def load_scene(digits, labels, image):
 def coco_dictionary(root, split):
     """annotations/instances_<split>.json, file names below root. Raises InputError where it is missing or foreign."""
     file = root / "annotations" / f"instances_{split}.json"
+    expected = ("COCO's instances, a json object with images, annotations and categories; --data names the folder with "
+                "annotations/, train2017/ and val2017/")
+    dataset = read_json(file, expected)
     try:
-        dataset = json.loads(file.read_text())
         for image in dataset["images"]:
             image["file_name"] = f"{split}/{image['file_name']}"
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such annotation file; --data names the folder with COCO's annotations/, "
-                         "train2017/ and val2017/") from None
-    except (ValueError, LookupError, TypeError):
-        raise InputError(f"{file}: not COCO's instances; expected a JSON object with images, annotations and "
-                         "categories") from None
+    except (LookupError, TypeError):
+        raise InputError(f"{file}: not COCO's instances, without a list of images; expected {expected}") from None
     return dataset
 
 
@@ -115,10 +114,19 @@ def voc_dictionary(root, splits):
         if not names.is_file():
             raise InputError(f"{names}: no such file; --data names VOCdevkit, the folder with VOC2007/ and VOC2012/, "
                              "each with JPEGImages/, Annotations/ and ImageSets/Main/")
-        for name in names.read_text().split():
-            file = folder / "Annotations" / f"{name}.xml"
+        try:
+            in_split = names.read_text(encoding="utf-8").split()
+        except ValueError:
+            raise InputError(f"{names}: not a text file in UTF-8; expected a name a line") from None
+        for name in in_split:
+            if OUTSIDE.search(name) or "/" in name:
+                raise InputError(f"{names}: `{printable(name)}` is not the name of an image; expected one a line")
+            file = inside(root, f"VOC{year}/Annotations/{name}.xml")
             try:
-                tree = ElementTree.parse(file).getroot()
+                text = file.read_text(encoding="utf-8")
+                if "<!" in text:  # entities, which can be nested until no memory holds them
+                    raise ValueError("with a document type")
+                tree = ElementTree.fromstring(text)
                 image = {"id": len(dataset["images"]) + 1, "file_name": f"VOC{year}/JPEGImages/{name}.jpg",
                          **{side: int(tree.find("size").find(side).text) for side in ("width", "height")}}
                 for thing in tree.findall("object"):
@@ -130,12 +138,38 @@ def voc_dictionary(root, splits):
                         "image_id": image["id"], "category_id": VOC_CLASSES.index(category) + 1,
                         "bbox": [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1],
                         "difficult": int(thing.findtext("difficult", "0"))})
-            except FileNotFoundError:
+            except OSError:
                 raise InputError(f"{file}: no such annotation file, but {names} lists it") from None
-            except (ElementTree.ParseError, AttributeError, ValueError) as error:
-                raise InputError(f"{file}: not an annotation of VOC ({error})") from None
+            except (ElementTree.ParseError, AttributeError, TypeError, ValueError, OverflowError) as error:
+                raise InputError(f"{file}: not an annotation of VOC ({printable(error)})") from None
             dataset["images"].append(image)
     return dataset
+
+
+def is_mask(segmentation, H, W):
+    """Whether it is what COCO allows: nothing, polygons, or run lengths, that cover the image and no more, since
+    pycocotools writes as many pixels as they say."""
+    if not segmentation:
+        return True
+    if isinstance(segmentation, list):
+        return all(isinstance(polygon, list) and len(polygon) >= 4 and len(polygon) % 2 == 0 and
+                   all(isinstance(x, (int, float)) and abs(x) < 2**16 for x in polygon) for polygon in segmentation)
+    counts = segmentation["counts"]
+    if isinstance(counts, str):  # five bits a character, lowest first, 32: more follow; differences from the third
+        runs, counts = counts.encode(), []
+        x = shift = 0
+        for c in runs:
+            c -= 48
+            x |= (c & 31) << shift
+            shift += 5
+            if not c & 32:
+                x -= (c & 16) // 16 << shift
+                counts.append(x + (counts[-2] if len(counts) > 2 else 0))
+                x = shift = 0
+            if not 0 <= c < 64 or shift > 30:
+                return False
+    return (segmentation["size"] == [H, W] and all(type(n) is int and n >= 0 for n in counts) and
+            sum(counts) == H * W)
 
 
 def checked(dataset, name, root=None, masks=False):
@@ -143,17 +177,32 @@ def checked(dataset, name, root=None, masks=False):
     difficult filled in. Raises InputError for what would fail, or count for nothing, hours later.
     root: the folder of its files; without one no file is looked for. masks: every annotation needs one."""
     def where(a):
-        return f"{name}: an annotation (image {a['image_id']}, category {a['category_id']}, bbox {a['bbox']})"
+        return (f"{name}: an annotation (image {printable(a['image_id'])}, category "
+                f"{printable(a['category_id'])}, bbox {a['bbox']})")
+
+    def number(x):
+        return isinstance(x, (int, float)) and abs(x) < 1e9  # neither nan
 
     annotations = []
     try:
         sizes = {image["id"]: (image["width"], image["height"]) for image in dataset["images"]}
         categories = {c["id"] for c in dataset["categories"]}
-        files = [Path(image["file_name"]) for image in dataset["images"]] if root is not None else []
+        names = [image["file_name"] for image in dataset["images"]] if root is not None else []
+        for path in names:
+            if OUTSIDE.search(path) or path.startswith("/"):
+                raise InputError(f"{name}: `{printable(path)}` is not a path below {root}")
+        files = [Path(path) for path in names]
+        if not all(type(side) is int and 0 < side < 2**15 for size in sizes.values() for side in size):
+            raise InputError(f"{name}: an image whose width and height are not 1 to {2**15 - 1} pixels")
+        if not all(type(c) is int for c in categories):
+            raise InputError(f"{name}: a category whose id is not a whole number")
         if not sizes or len(sizes) < len(dataset["images"]) or len(categories) < len(dataset["categories"]):
             raise InputError(f"{name}: no image at all, or an id that two images or two categories share")
         for a in dataset["annotations"]:
             x, y, w, h = a["bbox"]
+            if not all(map(number, (x, y, w, h, a.get("area", 0)))) or a.get("iscrowd", 0) not in (0, 1):
+                raise InputError(f"{name}: an annotation without four numbers as its bbox, or with another iscrowd "
+                                 "than 0 and 1")
             if a["image_id"] not in sizes:
                 raise InputError(f"{where(a)} of an image that is not in the list of images")
             if a["category_id"] not in categories:
@@ -163,11 +212,13 @@ def checked(dataset, name, root=None, masks=False):
                 raise InputError(f"{where(a)} outside its image of {W} x {H}; expected [x, y, width, height] in pixels")
             if masks and not a.get("segmentation"):
                 raise InputError(f"{where(a)} without a segmentation")
+            if not is_mask(a.get("segmentation"), H, W):
+                raise InputError(f"{where(a)} whose segmentation is neither polygons nor the run lengths of {H} x {W}")
             annotations.append({"iscrowd": 0, "difficult": 0, "area": w * h, **a, "id": len(annotations) + 1})
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{name}: not a COCO-style dictionary ({type(error).__name__}: {error})") from None
     folders = {root / file.parent for file in files}
-    there = {folder / entry.name for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
+    there = {folder / entry.name for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)}
     missing = [file for file in files if root / file not in there]  # one listing a folder, not 118,287 questions
     if missing:
         raise InputError(f"{len(missing)} of {len(files)} images of {name} have no file (first: {root / missing[0]})")
@@ -194,13 +245,13 @@ def read_datasets(name, root, masks, split="test", train_scenes=1000, test_scene
     else:
         train, test = coco_dictionary(root, "train2017"), coco_dictionary(root, "val2017")
     train, test = checked(train, "the training set", root, masks), checked(test, "the test set", root, masks)
-    if {c["id"]: c["name"] for c in train["categories"]} != {c["id"]: c["name"] for c in test["categories"]}:
+    if {c["id"]: c.get("name") for c in train["categories"]} != {c["id"]: c.get("name") for c in test["categories"]}:
         raise InputError(f"{root}: training and test set have other categories; the label map is wrong")
     return (train, partial(load_file, root)), (test, partial(load_file, root))
 
 
 def load_file(root, image):
-    file = root / image["file_name"]
+    file = inside(root, image["file_name"])
     try:
         pixels = torch.from_numpy(np.asarray(Image.open(file).convert("RGB")).copy()).permute(2, 0, 1)
     except Exception as error:  # PIL raises half a dozen kinds on broken files

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import data
 import ddp
+from checkpoint import read_head
 from ddp import InputError
 from resnet import load_backbone
 
@@ -97,18 +98,10 @@ def scores(counts, class_sizes, sigma):
 
 def load_head(path, root, groups_list):
     """A head.pt of train_rep.py or train_linear.py; root and the list of its class sizes replaced where given."""
-    try:
-        head = torch.load(path, map_location="cpu", weights_only=True)
-        keys = {"weight", "bias", "backbone", "backbone_sha256", "arch", "dataset", "data", "list", "counts",
-                "counts_of", "list_sha256", "name", "protocol", "mean", "std", "pixels", "resize"}
-        if missing := keys - set(head):
-            raise KeyError(missing)
-    except Exception as error:  # torch.load raises half a dozen kinds on a file that is none of its own
-        raise InputError(f"{path}: not a head.pt ({type(error).__name__}); expected one of train_linear.py, or of a CE "
-                         "run of train_rep.py") from None
+    head = read_head(path)
     C = len(head["weight"])
     trained_on = Path(head["data"]) / head["counts_of"]
-    if root is None and trained_on.is_file() and data.sha256(trained_on) != head["list_sha256"]:
+    if root is None and os.path.isfile(trained_on) and data.sha256(trained_on) != head["list_sha256"]:
         raise InputError(f"{head['counts_of']} in {head['data']} is not the list that {path} was made with, but "
                          "another of that name; train again")
     head["data"] = root or head["data"]
@@ -119,7 +112,7 @@ def load_head(path, root, groups_list):
         raise InputError(f"{head['counts_of']} has {len(head['counts'])} classes, the classifier {path} {C}; "
                          "name the training list of its classes with --groups")
     backbone = Path(os.path.normpath(Path(path).parent / head["backbone"]))
-    if backbone.is_file() and data.sha256(backbone) != head["backbone_sha256"]:
+    if os.path.isfile(backbone) and data.sha256(backbone) != head["backbone_sha256"]:
         raise InputError(f"{path} was trained on another {backbone} than is there now; run train_linear.py again")
     return head
 
@@ -262,6 +255,8 @@ def main():
         backbone = load_backbone(Path(path).parent / head["backbone"], head["arch"])
         backbone = backbone.to(device, memory_format=torch.channels_last).eval()
         W, b = head["weight"].to(device), head["bias"].to(device)
+        if (D := backbone(torch.zeros(1, 3, *[head["pixels"]] * 2, device=device)).shape[1]) != W.shape[1]:
+            raise InputError(f"{path} is for {W.shape[1]} features, its backbone has {D}; run train_linear.py again")
         features, labels = extract(backbone, images[0], head, device, args.batch, args.workers)
         results = [("eval.json", head["protocol"], head.get("chosen", ""), features @ W.T + b)]
         if args.tau_norm and joint(head):

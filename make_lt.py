@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 import ddp
 import digits
-from data import DATASETS, class_counts, groups, opened, read_list
+from data import DATASETS, OUTSIDE, class_counts, groups, opened, read_list
 from ddp import InputError
+from reading import printable, read_json
 
 ALPHAS = {"lt0": 0.0, "lt2": 0.2, "lt4": 0.4, "lt6": 0.6, "lt8": 0.8, "lt": 1.0}
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -93,10 +94,11 @@ def family_counts(base, lt0="formula"):
 
 def read_counts(name):
     """A count file, one whole number a line and class; `imagenet-lt`: the published ones, shipped with the project.
-    None where the file holds anything else."""
+    None where the file holds anything else, or nothing but zeros."""
     file = EMBEDDED / "imagenet_lt_counts.txt" if name == "imagenet-lt" else Path(name)
     words = file.read_text(encoding="utf-8", errors="replace").split() if file.is_file() else [""]
-    return [int(word) for word in words] if words and all(word.isdecimal() for word in words) else None
+    counts = [int(word) for word in words if word.isdecimal() and len(word) < 10]
+    return counts if len(counts) == len(words) and any(counts) else None
 
 
 # ---- images: a split is a list of C lists of paths
@@ -309,13 +311,17 @@ def make_inat(root, out, overwrite):
         file = root / f"{part}2018.json"
         if not file.is_file() or not (root / "train_val2018").is_dir():
             raise InputError(f"{file} or {root / 'train_val2018'} is missing; expected {SOURCES['inat18']}")
+        content = read_json(file, "the annotations of iNaturalist 2018")
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            label = {a["image_id"]: int(a["category_id"]) for a in content["annotations"]}
-            lines = [f"{image['file_name']} {label[image['id']]}\n" for image in content["images"]]
-        except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{file}: not the annotations of iNaturalist 2018 ({type(error).__name__}: "
-                             f"{error})") from None
+            label = {a["image_id"]: a["category_id"] for a in content["annotations"]}
+            pairs = [(image["file_name"], label[image["id"]]) for image in content["images"]]
+            wrong = [path for path, c in pairs if OUTSIDE.search(path) or type(c) is not int or not 0 <= c < 100_000]
+        except (LookupError, TypeError) as error:
+            raise InputError(f"{file}: not the annotations of iNaturalist 2018 ({type(error).__name__})") from None
+        if wrong or not pairs:
+            raise InputError(f"{file}: {f'`{printable(wrong[0])}` is no' if wrong else 'no'} path below the data "
+                             "folder with a whole number as its category")
+        lines = [f"{path} {c}\n" for path, c in pairs]
         name = f"iNaturalist18_{part}"
         write(out / f"{name}.txt", "".join(lines), overwrite)
         sizes[name] = class_counts(read_list(out, f"{name}.txt")[1]).tolist()

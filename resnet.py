@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import torchvision
 
 from baselines import branch
-from ddp import InputError
+from ddp import InputError, print0
+from reading import printable, read
 
 
 class BasicBlock(nn.Module):
@@ -66,35 +67,71 @@ ARCHS = {"resnet8": partial(CifarResNet, 8), "resnet20": partial(CifarResNet, 20
              "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d")}}
 
 
-def load_backbone(path, arch):
-    """The encoder of `arch` without its fc, from a plain state_dict file as train_rep.py and torchvision write them.
+# Where others keep an encoder: the entry of the file that holds its tensors, if it is not the file itself, and what
+# stands before their names. The first that fits is taken: of MoCo the query encoder, of DINO the teacher, as their own
+# protocols do.
+ENTRIES = ("state_dict", "teacher", "model")
+PREFIXES = (
+    "module.encoder_q.", "encoder_q.",    # MoCo v1 and v2, the paper's authors
+    "module.backbone.", "backbone.",      # Barlow Twins, VICReg, DINO; solo-learn, lightly
+    "module.encoder.", "encoder.",        # SupCon; solo-learn before 1.0
+    "module.", "")                        # the authors' supervised runs, SwAV; torchvision, timm, ours
+HEADS = ("fc.", "head.", "classifier.", "projector.", "projection_head.", "prototypes.")  # below the prefix: left out
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # in an nn.Sequential
 
-    Maps (B, 3, H, W) to features (B, D). Weights of an fc in the file are left out; raises InputError where any other
-    tensor is missing, too many, or of another shape: a half-loaded backbone must not go unnoticed.
+
+def encoder_in(content):
+    """From what a file holds: the dictionary with the tensors of an encoder, {torchvision's name: its name in there}
+    without those of a head, and the prefix that is the difference. Raises StopIteration where there is no encoder."""
+    state = next((content[entry] for entry in ENTRIES if isinstance(content.get(entry), dict)), content)
+    prefix = next(p for p in PREFIXES if f"{p}conv1.weight" in state or f"{p}0.weight" in state)
+    found = {str(name).removeprefix(prefix): name for name in state if str(name).startswith(prefix)}
+    if "conv1.weight" not in found:
+        found = {CHILDREN.get(name[0], "?") + name[1:]: theirs for name, theirs in found.items()}
+    return state, {name: theirs for name, theirs in found.items() if not name.startswith(HEADS)}, prefix
+
+
+def load_backbone(path, arch):
+    """The encoder of `arch` without its fc, from a file of train_rep.py, torchvision, timm, MoCo, DINO, Barlow Twins,
+    VICReg, solo-learn or lightly (.pt, .pth, .ckpt, or .safetensors). Prints what was matched and what was left out.
+
+    Maps (B, 3, H, W) to features (B, D). Raises InputError where any tensor but those of a head is missing, too many,
+    of another shape, or not finite: a half-loaded backbone must not go unnoticed.
     """
+    if arch not in ARCHS:
+        raise InputError(f"{arch}: no such architecture; expected one of {', '.join(ARCHS)}")
+    expected = ("a backbone.pt, which train_rep.py writes, or another ResNet's checkpoint (README, From and to other "
+                "programs)")
+    content = read(path, expected)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {name: x for name, x in state.items() if not name.startswith("fc.")}
-        if not all(isinstance(x, torch.Tensor) for x in state.values()):
-            raise TypeError
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a backbone.pt, which train_rep.py writes") from None
-    except Exception as error:  # torch.load raises half a dozen kinds on a file that is none of its own
-        raise InputError(f"{path}: not a plain state_dict ({type(error).__name__}); expected a backbone.pt, which "
-                         "train_rep.py writes, or a file of torchvision's") from None
+        state, names, prefix = encoder_in(content)
+    except StopIteration:
+        raise InputError(f"{path}: not a plain state_dict, nor one below a known prefix; expected {expected}") from None
     encoder = ARCHS[arch]()
     encoder.fc = nn.Identity()
-    if any(".rebalanced." in name for name in state):  # of BBN: features (B, 2 D)
+    if any(".rebalanced." in name for name in names):  # of BBN: features (B, 2 D)
         branch(encoder)
     own = encoder.state_dict()
-    for name in own:  # old files lack BatchNorm's step counter, which nothing here reads
-        if name.endswith("num_batches_tracked"):
-            state.setdefault(name, own[name])
-    missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    extra = [name for name in state if name not in own]
+
+    def fits(name):
+        x = state.get(names.get(name))
+        return (isinstance(x, torch.Tensor) and x.shape == own[name].shape and
+                x.is_floating_point() == own[name].is_floating_point())
+
+    # old files lack BatchNorm's step counters, which nothing here reads
+    missing = [name for name in own if not fits(name) and (name in names or not name.endswith("num_batches_tracked"))]
+    extra = [name for name in names if name not in own]
     if missing or extra:
         raise InputError(f"{path} does not fit --arch {arch}: {len(missing)} of its {len(own)} tensors missing or of "
-                         f"another shape, {len(extra)} unknown (first: {(missing + extra)[0]}); name the architecture "
-                         "that it was trained with")
-    encoder.load_state_dict(state)
+                         f"another shape, {len(extra)} unknown (first: {printable((missing + extra)[0])}); name the "
+                         "architecture that it was trained with")
+    if broken := [name for name in names if not state[names[name]].float().isfinite().all()]:
+        raise InputError(f"{path}: {printable(names[broken[0]])} holds numbers that are not finite; expected "
+                         "a trained backbone")
+    encoder.load_state_dict({**own, **{name: state[names[name]] for name in names}})
+    taken = set(names.values())
+    left_out = [name for name in state if name not in taken]
+    print0(f"{path}: {len(names)} of {len(own)} tensors matched" + f" after removing `{prefix}`" * bool(prefix) +
+           f"; left out: {', '.join(map(printable, left_out[:4]))}{', ...' * (len(left_out) > 4)} ({len(left_out)})" *
+           bool(left_out))
     return encoder

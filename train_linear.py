@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import ddp
 from baselines import CONTRASTIVE
-from checkpoint import settings_of
+from checkpoint import read_head, settings_of
 from ddp import InputError
 from resnet import ARCHS, load_backbone
 
@@ -51,7 +51,7 @@ SETTINGS = {
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("backbone", help="backbone.pt of train_rep.py, or any state_dict in torchvision's names")
+    p.add_argument("backbone", help="backbone.pt of train_rep.py, or another ResNet's checkpoint")
     p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="which list and sampler: see above")
     p.add_argument("--classifier", choices=("linear", "lws"), default="linear", help="see above")
     # what the log beside the backbone knows; needed for a backbone from elsewhere
@@ -174,7 +174,7 @@ def main():
     counts = data.class_counts(dataset.labels)
     C, counts_of = len(counts), args.list
     if args.classifier == "lws":
-        joint = torch.load(Path(args.backbone).with_name("head.pt"), map_location="cpu", weights_only=True)
+        joint = read_head(Path(args.backbone).with_name("head.pt"))
         if len(joint["weight"]) != C:
             raise InputError(f"the head.pt beside {args.backbone} has {len(joint['weight'])} classes, {args.list} {C}")
     if args.rep_list and args.rep_list != args.list:
@@ -194,10 +194,13 @@ def main():
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
     image = torch.zeros(1, 3, spec["pixels"], spec["pixels"], device=device)
     torch.manual_seed(args.seed)
+    D = backbone(image).shape[1]
     if args.classifier == "lws":
+        if joint["weight"].shape[1] != D:
+            raise InputError(f"the head.pt beside {args.backbone} is for {joint['weight'].shape[1]} features, not {D}")
         heads = Heads(ScaledHead(joint["weight"], joint["bias"]) for _ in args.lr).to(device)
     else:
-        heads = linear_heads(len(args.lr), backbone(image).shape[1], C).to(device)
+        heads = linear_heads(len(args.lr), D, C).to(device)
     net = ddp.wrap(heads)
     optimizer = torch.optim.SGD([{"params": head.parameters()} for head in heads], momentum=0.9, lr=0.0,
                                 weight_decay=args.weight_decay, fused=True)

@@ -40,6 +40,7 @@ from checkpoint import Stop, open_log, save
 from ddp import InputError
 from kcl import fast_kcl_loss
 from moco import MoCo, keep_statistics, with_head
+from reading import read_json
 from resnet import ARCHS, load_backbone
 
 # The hyper-parameters by kind of data set and loss: the paper's Table 7 for photographs (batch 256 = 8 GPUs x 32,
@@ -122,8 +123,12 @@ def parse_args():
 
     if args.dataset is None:  # make_lt.py knows
         made = Path(args.data or "") / "splits.json"
-        args.dataset = "digits" if args.data is None else "imagenet" if not made.is_file() else \
-            json.loads(made.read_text())["dataset"]
+        args.dataset = "digits" if args.data is None else "imagenet"
+        if args.data is not None and made.is_file():
+            table = read_json(made, expected := "the table that make_lt.py writes; or say --dataset")
+            args.dataset = table.get("dataset") if isinstance(table, dict) else None
+            if not isinstance(args.dataset, str) or args.dataset not in data.DATASETS:
+                raise InputError(f"{made}: names no data set; expected {expected}")
     spec = data.DATASETS[args.dataset]
     args.data = args.data or spec["root"]
     if args.data is None:
@@ -289,10 +294,11 @@ def main():
         try:
             model.load_state_dict(ckpt["model"])
             optimizer.load_state_dict(ckpt["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            first_epoch, first_step, running = (ckpt[name] for name in ("epoch", "step", "running"))
+            left_out = ckpt["left_out"]
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{args.out} holds another model ({str(error).splitlines()[-1].strip()}); name another "
                              "--out") from None
-        first_epoch, first_step, running, left_out = (ckpt[name] for name in ("epoch", "step", "running", "left_out"))
         if first_epoch == args.epochs and (args.out / "backbone.pt").exists():
             ddp.print0(f"{args.out} is finished already; --restart trains it again")
             return

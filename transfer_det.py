@@ -48,6 +48,7 @@ import ddp
 from checkpoint import Stop, open_log, save, settings_of
 from ddp import InputError
 from det_data import Scenes, coco_mask, read_datasets, to_input, to_mask, to_rle, train_loader
+from reading import read_json
 from resnet import ARCHS, load_backbone
 
 # The protocol of MoCo's detection experiments (facebookresearch/moco, detection/) and the same in small for the digits,
@@ -353,11 +354,14 @@ def scores(name, dataset, detections):
 
 
 def load_results(path):
-    try:
-        row = json.loads(Path(path).read_text())
-        return {"run": row["run"], **{kind: dict(row[kind]) for kind in ("box", "mask") if kind in row}}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: not a results.json of transfer_det.py ({type(error).__name__})") from None
+    row = read_json(path, expected := "a results.json of transfer_det.py")
+    kinds = [kind for kind in ("box", "mask") if isinstance(row, dict) and kind in row]
+    if not kinds or not isinstance(row.get("run"), str) or not all(
+            isinstance(row[kind], dict) and set(row[kind]) == {"AP", "AP50", "AP75"} and
+            all(x is None or isinstance(x, (int, float)) and 0 <= x <= 100 for x in row[kind].values())
+            for kind in kinds):
+        raise InputError(f"{path}: not the results of a run; expected {expected}")
+    return {"run": row["run"], **{kind: row[kind] for kind in kinds}}
 
 
 def print_table(rows):
@@ -390,6 +394,7 @@ def show(scenes, dataset, detections, n, out):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     from evaluate import OKABE_ITO
     names = {c["id"]: c["name"] for c in dataset["categories"]}
     colours = OKABE_ITO[:6]  # the last two, black and yellow, are lost on dark images and under white letters
@@ -568,9 +573,13 @@ def main():
     first = 0
     free = {"out", "split", "workers", "log_every", "save_every", "show", "restart", "override", "table"}
     if not args.restart and (ckpt := checkpoint.load(args.out, settings, free, args.override, device)):
-        detector.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        first = ckpt["iteration"]
+        try:
+            detector.load_state_dict(ckpt["model"])
+            optimizer.load_state_dict(ckpt["optimizer"])
+            first = ckpt["iteration"]
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{args.out} holds another model ({str(error).splitlines()[-1].strip()}); name another "
+                             "--out") from None
         if first == args.iterations and results.exists() and not args.show:
             ddp.print0(f"{args.out} is finished already; --restart trains it again")
             return

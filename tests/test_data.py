@@ -1,7 +1,6 @@
 """Splits, list files and samplers against published counts, literal loops and frequencies."""
 import hashlib
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import ddp
 import make_lt
 from ddp import InputError
 from digits import clutter
-
 
 # ---- splits
 

@@ -551,10 +551,10 @@ def test_missing_parts_of_the_layouts(script, small, tmp_path):
         annotations.write_text(json.dumps(bad))
         assert expected in sentence("coco")
     annotations.unlink()
-    assert "instances_train2017.json: no such annotation file" in sentence("coco")
+    assert "instances_train2017.json: no such file" in sentence("coco")
     with pytest.raises(SystemExit) as error:  # and as the shell sees it
         tiny_run(script, "--dataset", "coco", "--data", coco, "--pretrained", "none", "--out", tmp_path / "out")
-    assert str(error.value.code).startswith("error: ") and "no such annotation file" in str(error.value.code)
+    assert str(error.value.code).startswith("error: ") and "no such file" in str(error.value.code)
 
     xml = voc / "VOC2012/Annotations/trainval_1.xml"
     text = xml.read_text()
@@ -597,7 +597,7 @@ def test_flags_that_do_not_fit(script, small, tmp_path, monkeypatch):
     del short["layer3.0.bn2.bias"]
     torch.save(short, tmp_path / "short.pt")
     for args, expected in ((("--pretrained", "short.pt"), "short.pt does not fit --encoder resnet8: 1 of its"),
-                           (("--table", "short.pt"), "short.pt: not a results.json of transfer_det.py"),
+                           (("--table", "short.pt"), "short.pt: not json (UnicodeDecodeError); expected a results.json of transfer_det.py"),
                            (("--pretrained", "none", "--lr", 1e30), "try a smaller --lr")):
         with pytest.raises(SystemExit) as error:
             tiny_run(script, "--out", tmp_path / "out", *args)

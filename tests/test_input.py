@@ -17,7 +17,6 @@ from torchvision.transforms import v2
 
 import cache
 import data
-import ddp
 import train_rep
 from ddp import InputError
 
@@ -41,7 +40,7 @@ def pixels(image):
 
 def folder(root, files, name="l.txt"):
     """Write {relative path: bytes} and a list of them, labels 0, 1, 0, 1 ..."""
-    for i, (path, content) in enumerate(files.items()):
+    for path, content in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(content)
     (root / name).write_text("".join(f"{path} {i % 2}\n" for i, path in enumerate(files)), encoding="utf-8")

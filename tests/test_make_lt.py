@@ -134,7 +134,9 @@ def test_alpha_family_from_the_published_list(script, imagenet, capsys):
     table = json.loads((imagenet / "splits.json").read_text())
     assert table["dataset"] == "imagenet" and table["lists"]["ImageNet_LT_train"] == {"classes": 4, "max": 40, "min": 2, "total": 59, "many": 0, "medium": 1, "few": 3,
                                           "imbalance": 20.0, "counts": [5, 40, 2, 12]}
-    assert "ImageNet_LT_train" in capsys.readouterr().out and Image.open(imagenet / "class_sizes.png").size[0] > 500
+    assert "ImageNet_LT_train" in capsys.readouterr().out
+    with Image.open(imagenet / "class_sizes.png") as picture:
+        assert picture.size[0] > 500
 
 
 def test_class_split_lists_are_the_lists_halved_and_renumbered(script, imagenet):

@@ -294,7 +294,7 @@ def one_line(error):
 
 
 class Opened(Dataset):
-    """Reads and decodes the paths below root: item i is (sha256 of the bytes or None, what is wrong with it or None)."""
+    """Reads and decodes the paths below root: item i is (their sha256 or None, what is wrong or None)."""
 
     def __init__(self, root, paths):
         self.root, self.paths = root, paths

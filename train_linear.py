@@ -9,11 +9,14 @@ lt:  the long-tailed list that the backbone was trained on, with class-balanced 
 rep: the full, balanced training list, every image once an epoch.
 --classifier lws learns one scale a class for the joint head beside the backbone, in place of a new classifier: Kang et
 al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, sec. 4.3.
-Without --lr the learning rates of LR_GRID are trained side by side on one stream of features, and the validation list
-chooses; the test list is not touched. Writes head.pt and log.jsonl to <folder of the backbone>/<classifier>-<protocol>;
-what comes next: evaluate.py.
+Every pair of a --lr (by default those of LR_GRID) and a --weight-decay is a classifier; all are trained side by side on
+one stream of features, each as it would be alone, and the validation list chooses; the test list is not touched.
+--features cached encodes every image once, not augmented, and trains on the features that it keeps: for curves and
+sweeps. It is not the paper's protocol, which augments anew in each epoch: its results say "cached features" everywhere.
+Writes head.pt and log.jsonl to <folder of the backbone>/<classifier>-<protocol>[-cached]; what comes next: evaluate.py.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -53,6 +56,8 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("backbone", help="backbone.pt of train_rep.py, or another ResNet's checkpoint")
     p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="which list and sampler: see above")
+    p.add_argument("--features", choices=("streamed", "cached"), default="streamed",
+                   help="cached is another protocol than the paper's: see above")
     p.add_argument("--classifier", choices=("linear", "lws"), default="linear", help="see above")
     # what the log beside the backbone knows; needed for a backbone from elsewhere
     p.add_argument("--arch", choices=tuple(ARCHS))
@@ -60,7 +65,7 @@ def parse_args():
     p.add_argument("--data", help="the folder that the lists' paths start from")
     # data
     p.add_argument("--list", help="training list of the classifier; default by --protocol")
-    p.add_argument("--val", help="validation list, which chooses the learning rate")
+    p.add_argument("--val", help="validation list, which chooses learning rate and weight decay")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), help="default by --protocol")
     p.add_argument("--aug", choices=tuple(data.AUGMENTATIONS), help="sup, CIFAR cifar, digits affine")
     p.add_argument("--workers", type=int, help="data workers of each rank; digits and CIFAR by default need none")
@@ -69,10 +74,11 @@ def parse_args():
                    "without a --val 0.1, contrastive 30")
     p.add_argument("--epochs", type=int, help="100, for losses on logits and unknown backbones 10; CIFAR 30; digits 15")
     p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
-    p.add_argument("--weight-decay", type=float, help="0; photographs after losses on logits, or unknown ones, 5e-4")
+    p.add_argument("--weight-decay", type=float, nargs="+", help="one, or several for --val to choose from; default 0, "
+                   "photographs after losses on logits, or unknown ones, 5e-4")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", help="default: <folder of the backbone>/<classifier>-<protocol>")
+    p.add_argument("--out", help="default: <folder of the backbone>/<classifier>-<protocol>[-cached]")
     args = p.parse_args()
 
     if not Path(args.backbone).is_file():
@@ -100,15 +106,23 @@ def parse_args():
     if args.lr is None and args.val != "none":
         args.lr = list(LR_GRID)
     settings = SETTINGS[spec["kind"]]["contrastive" if run.get("loss") in CONTRASTIVE else "logits"]
-    args.in_memory = args.workers is None and spec["kind"] != "photos" and (args.aug or settings["aug"]) in data.BATCHED
+    cached = args.features == "cached"
+    if cached and args.aug:
+        raise InputError("--features cached encodes every image once, not augmented; leave out one of it and --aug "
+                         f"{args.aug}")
+    args.in_memory = (not cached and args.workers is None and spec["kind"] != "photos" and
+                      (args.aug or settings["aug"]) in data.BATCHED)
     for name, value in settings.items():
         if getattr(args, name) is None:
-            setattr(args, name, [value] if name == "lr" else value)
-    if min(*args.lr, args.epochs, args.batch) <= 0 or min(args.workers, args.weight_decay) < 0:
+            setattr(args, name, [value] if name in ("lr", "weight_decay") else value)
+    args.aug = None if cached else args.aug
+    if min(*args.lr, args.epochs, args.batch) <= 0 or min(args.workers, *args.weight_decay) < 0:
         raise InputError("--lr, --epochs and --batch must be above 0, --workers and --weight-decay 0 or more")
-    if len(args.lr) > 1 and args.val == "none":
-        raise InputError("without a validation list nothing can choose among several learning rates; give one --lr")
-    args.out = Path(args.out or Path(args.backbone).parent / f"{args.classifier}-{args.protocol}")
+    if len(args.lr) * len(args.weight_decay) > 1 and args.val == "none":
+        raise InputError("without a validation list nothing can choose among several learning rates or weight decays; "
+                         "give one --lr and one --weight-decay")
+    args.out = Path(args.out or Path(args.backbone).parent /
+                    f"{args.classifier}-{args.protocol}{'-cached' if cached else ''}")
     if args.classifier == "lws" and not Path(args.backbone).with_name("head.pt").is_file():
         raise InputError(f"--classifier lws scales the joint head beside {args.backbone}, but there is no head.pt; "
                          "expected a run of train_rep.py --loss ce")
@@ -138,7 +152,8 @@ class ScaledHead(nn.Module):
 
 
 class Heads(nn.ModuleList):
-    """M classifiers on the same features: (B, D) -> [(B, C)] * M. Each trains as it would alone."""
+    """M classifiers on the same features: (B, D) -> [(B, C)] * M. Each trains as it would alone, to the bit, since its
+    matmuls are those of one classifier: one for all M would round otherwise, which a large learning rate blows up."""
 
     def forward(self, x):
         return [head(x) for head in self]
@@ -154,9 +169,47 @@ def linear_heads(M, D, C):
     return heads
 
 
+class Cached:
+    """The batches of data.train_loader with features (b, D) in the place of images, each image encoded once.
+
+    Each rank encodes its share and holds all rows, so that it can draw any: what is drawn does not depend on the number
+    of ranks. 115,846 x 2048 x 4 B = 0.95 GB a rank for ImageNet-LT with a ResNet-50, 11 times that for all of ImageNet.
+    """
+
+    @torch.no_grad()
+    def __init__(self, encode, dataset, draws, workers, device):
+        """encode: uint8 (b, 3, H, W) -> (b, D); dataset: an ImageList with the center transform."""
+        self.draws, self.labels, self.batch = draws, dataset.labels.to(device), draws.batch // ddp.world()
+        self.features, images = None, data.eval_loader(dataset, self.batch, workers)
+        for (view,), _, index in tqdm(images, desc=f"features of {dataset.name}", disable=ddp.rank() > 0, leave=False):
+            x = encode(view)
+            if self.features is None:
+                self.features = x.new_zeros(len(dataset), x.shape[1])
+            self.features[index.to(device)] = x
+        torch.distributed.all_reduce(self.features)                       # a row is one rank's, and 0 on the others
+
+    def __len__(self):
+        return len(self.draws) // self.batch
+
+    def __iter__(self):
+        index = torch.tensor([i for i, _ in self.draws], device=self.labels.device)
+        for i in index.split(self.batch):
+            yield [self.features[i]], self.labels[i], i
+
+
 def learning_rate(base, schedule, t):
     """At t = epoch / epochs; cosine reaches 0 after the last epoch, step is MoCo's 60 and 80 of 100."""
     return base * (0.5 * (1 + math.cos(math.pi * t)) if schedule == "cosine" else 0.1 ** ((t >= 0.6) + (t >= 0.8)))
+
+
+def end_of_grid(lr, grid):
+    """A sentence where the chosen lr is the smallest or the largest of several, so that the best may lie outside."""
+    if min(grid) < lr == max(grid):
+        return (f"lr {lr:g} is the largest of the grid: a larger one may do better; try --lr {lr:g} {lr / 0.3:.3g} "
+                f"{lr / 0.1:.3g} too")
+    if min(grid) == lr < max(grid):
+        return (f"lr {lr:g} is the smallest of the grid: a smaller one may do better; try --lr {lr * 0.1:.3g} "
+                f"{lr * 0.3:.3g} {lr:g} too")
 
 
 def main():
@@ -166,11 +219,10 @@ def main():
 
     # data
     center = data.center(spec["pixels"], spec["resize"])
-    dataset = data.ImageList(args.data, args.list,
-                             center if args.in_memory else data.augmentation(args.aug, spec["pixels"]))
+    cached = args.features == "cached"
+    dataset = data.ImageList(args.data, args.list, center if cached or args.in_memory else
+                             data.augmentation(args.aug, spec["pixels"]))
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
-    loader = (data.InMemory(dataset, draws, args.aug, 1, device) if args.in_memory else
-              data.train_loader(dataset, draws, args.workers))
     counts = data.class_counts(dataset.labels)
     C, counts_of = len(counts), args.list
     if args.classifier == "lws":
@@ -182,8 +234,9 @@ def main():
         # else the classifier is for other classes than the backbone's: all of them, or the other half of a class split
         if len(rep_counts) == C and Path(args.rep_list).parent == Path(args.list).parent:
             counts, counts_of = rep_counts, args.rep_list
+    pairs = list(itertools.product(args.lr, args.weight_decay))           # one classifier each
     val = None
-    if len(args.lr) > 1:
+    if len(pairs) > 1:
         data.refuse_overlap(args.data, args.list, args.val)
         val = data.ImageList(args.data, args.val, center)
         data.refuse_labels_outside(val, C, "the training list")
@@ -198,15 +251,15 @@ def main():
     if args.classifier == "lws":
         if joint["weight"].shape[1] != D:
             raise InputError(f"the head.pt beside {args.backbone} is for {joint['weight'].shape[1]} features, not {D}")
-        heads = Heads(ScaledHead(joint["weight"], joint["bias"]) for _ in args.lr).to(device)
+        heads = Heads(ScaledHead(joint["weight"], joint["bias"]) for _ in pairs).to(device)
     else:
-        heads = linear_heads(len(args.lr), D, C).to(device)
+        heads = linear_heads(len(pairs), D, C).to(device)
     net = ddp.wrap(heads)
-    optimizer = torch.optim.SGD([{"params": head.parameters()} for head in heads], momentum=0.9, lr=0.0,
-                                weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.SGD([{"params": head.parameters(), "weight_decay": weight_decay}
+                                 for head, (_, weight_decay) in zip(heads, pairs)], momentum=0.9, lr=0.0, fused=True)
 
-    def to_input(view):
-        return data.normalize(view, spec["mean"], spec["std"], device)
+    def encode(view):
+        return backbone(data.normalize(view, spec["mean"], spec["std"], device))
 
     # train
     if ddp.rank() == 0:
@@ -218,14 +271,17 @@ def main():
         log = open(args.out / "log.jsonl", "w", buffering=1)
         log.write(json.dumps({"command": " ".join(["train_linear.py", *sys.argv[1:]]), "settings": settings,
                               "world": ddp.world(), "torch": torch.__version__}) + "\n")
+    loader = (Cached(encode, dataset, draws, args.workers, device) if cached else
+              data.InMemory(dataset, draws, args.aug, 1, device) if args.in_memory else
+              data.train_loader(dataset, draws, args.workers))
     for epoch in tqdm(range(args.epochs), desc=str(args.out), unit="epoch", disable=ddp.rank() > 0, mininterval=1):
         draws.set_epoch(epoch)
         total, since = torch.zeros(len(heads), device=device), time.time()
-        for group, lr in zip(optimizer.param_groups, args.lr):
+        for group, (lr, _) in zip(optimizer.param_groups, pairs):
             group["lr"] = learning_rate(lr, args.schedule, epoch / args.epochs)
         for (view,), labels, _ in loader:
             with torch.no_grad():
-                features = backbone(to_input(view))                       # (b, D)
+                features = view if cached else encode(view)               # (b, D)
             labels = labels.to(device)
             losses = torch.stack([F.cross_entropy(logits, labels) for logits in net(features)])  # (M,)
             optimizer.zero_grad()
@@ -234,6 +290,7 @@ def main():
             total += losses.detach()
         if ddp.rank() == 0:
             log.write(json.dumps({"epoch": epoch, "lr": [g["lr"] for g in optimizer.param_groups],
+                                  "weight_decay": [g["weight_decay"] for g in optimizer.param_groups],
                                   "loss": (total / len(loader)).tolist(),
                                   "images_per_s": len(loader) * args.batch / (time.time() - since)}) + "\n")
 
@@ -243,22 +300,27 @@ def main():
         correct = torch.zeros(len(heads), device=device)
         with torch.no_grad():
             for (view,), labels, _ in data.eval_loader(val, args.batch, args.workers):
-                features = backbone(to_input(view))
+                features = encode(view)
                 correct += torch.stack([(logits.argmax(1) == labels.to(device)).sum() for logits in heads(features)])
         torch.distributed.all_reduce(correct)
         top1 = (correct / len(val)).tolist()
-        best = max(range(len(heads)), key=lambda i: (top1[i], -args.lr[i]))
+        best = max(range(len(heads)), key=lambda i: (top1[i], -pairs[i][0], -pairs[i][1]))
         val_top1 = top1[best]
-        ddp.print0("val top-1: " + ", ".join(f"lr {lr:g}: {100 * a:.1f}" for lr, a in zip(args.lr, top1)))
+        for i, weight_decay in enumerate(args.weight_decay):
+            ddp.print0(f"val top-1, weight decay {weight_decay:g}: " + ", ".join(
+                f"lr {lr:g}: {100 * a:.1f}" for lr, a in zip(args.lr, top1[i::len(args.weight_decay)])))
     moved = [name for name, x in backbone.state_dict().items() if not torch.equal(x, before[name])]
     if moved:
         raise RuntimeError(f"the frozen backbone changed: {moved[0]} and {len(moved) - 1} more tensors")
 
+    lr, weight_decay = pairs[best]
     if not torch.isfinite(total[best]):
-        raise InputError(f"the loss is not finite with learning rate {args.lr[best]:g}; try a smaller --lr")
+        raise InputError(f"the loss is not finite with learning rate {lr:g}; try a smaller --lr")
+    if sentence := end_of_grid(lr, args.lr):
+        ddp.print0(sentence)
 
     if ddp.rank() == 0:
-        lr_from = f"chosen on {args.val}" if val is not None else "given"
+        chosen_by = f"chosen on {args.val}" if val is not None else "given"
         head = {"weight": heads[best].weight.detach().cpu().clone(), "bias": heads[best].bias.detach().cpu().clone(),
                 "backbone": os.path.relpath(args.backbone, args.out),
                 "backbone_sha256": data.sha256(args.backbone),
@@ -266,12 +328,12 @@ def main():
                 "list": args.list, "counts": counts.tolist(), "counts_of": counts_of,
                 "list_sha256": data.sha256(data.find_list(args.data, counts_of)),
                 "name": Path(args.backbone).resolve().parent.name,
-                "protocol": f"{args.protocol}: {args.classifier} on {args.list}, {args.sampler} sampling, "
-                            f"{args.epochs} epochs",
-                "chosen": f"lr {args.lr[best]:g} {lr_from}", "val_top1": val_top1,
+                "protocol": f"{args.protocol}{', cached features' if cached else ''}: {args.classifier} on "
+                            f"{args.list}, {args.sampler} sampling, {args.epochs} epochs",
+                "chosen": f"lr {lr:g}, weight decay {weight_decay:g} {chosen_by}", "val_top1": val_top1,
                 **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}
         torch.save(head, args.out / "head.pt")
-        log.write(json.dumps({"lr": args.lr[best], "val_top1": val_top1}) + "\n")
+        log.write(json.dumps({"lr": lr, "weight_decay": weight_decay, "val_top1": val_top1}) + "\n")
         print(f"classifier in {args.out / 'head.pt'} ({head['protocol']}, {head['chosen']})")
 
 

@@ -1,4 +1,5 @@
-"""Metrics against closed forms and literal loops."""
+"""Metrics against closed forms and literal loops; heads together against each alone."""
+import json
 import math
 
 import numpy as np
@@ -7,10 +8,12 @@ import torch
 
 import ddp
 import evaluate
+import resnet
+import train_linear
 from evaluate import balancedness, group_accuracy, hits, scores, tau_normalize
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def process_group():
     ddp.init()
     yield
@@ -47,7 +50,7 @@ def test_groups_are_means_of_class_accuracies():
     assert group_accuracy([0.5, 0.7], [50, 60]) == {"many": None, "medium": 0.6, "few": None}
 
 
-def test_hits_and_scores_against_literal_loops():
+def test_hits_and_scores_against_literal_loops(process_group):
     g = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(300, 8, generator=g), torch.randint(8, (300,), generator=g)
     labels[:8] = torch.arange(8)
@@ -66,7 +69,7 @@ def test_hits_and_scores_against_literal_loops():
     assert s["balancedness"] == balancedness(acc) and s["std"] == pytest.approx(np.std(acc))
 
 
-def test_top5_of_fewer_than_five_classes():
+def test_top5_of_fewer_than_five_classes(process_group):
     assert hits(torch.eye(3), torch.tensor([0, 1, 0])).tolist() == [[2, 1, 0], [1, 1, 0], [2, 1, 0]]
 
 
@@ -87,3 +90,48 @@ def test_table_prints_a_dash_for_an_empty_group_and_the_mean_over_seeds(capsys):
     assert cells[2][1:9] == ["digits-lt-kcl-seed0", "60.0", "100.0", "60.0", "-", "10.0", "0.500", "20.0"]
     assert cells[4][1:6] == ["digits-lt-kcl, 2 seeds", "65.0 +- 7.1", "100.0 +- 0.0", "65.0 +- 7.1", "-"]
     assert "nan" not in "".join(lines) and "sigma = 0.1" in lines[-1]
+
+
+def test_heads_together_score_as_each_alone_and_encode_once(script, digits, tmp_path, monkeypatch, capsys):
+    """Two heads of one backbone, one of them joint, and a head of another backbone: with tau-norm and NCM the first
+    backbone encodes test, val and training list once, the second test and training list."""
+    def part(name, every):
+        lines = (digits / name).read_text().splitlines(keepends=True)[::every]
+        (tmp_path / name).write_text("".join(lines))
+        return tmp_path / name
+
+    test, val, train = part("test.txt", 10), part("val.txt", 5), part("train_lt0.txt", 8)
+    heads = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        (tmp_path / f"run{seed}").mkdir()
+        backbone = tmp_path / f"run{seed}/backbone.pt"
+        torch.save({n: x for n, x in resnet.ARCHS["resnet8"]().state_dict().items() if n[:3] != "fc."}, backbone)
+        for out, *how in (("streamed",), ("cached", "--features", "cached")) if seed == 0 else (("streamed",),):
+            script(train_linear, backbone, "--arch", "resnet8", "--dataset", "digits", "--data", digits, "--list", train,
+                   "--epochs", 2, "--lr", 0.1, "--batch", 50, *how, "--out", tmp_path / f"run{seed}" / out)
+            heads.append(tmp_path / f"run{seed}" / out / "head.pt")
+    head = torch.load(heads[0], weights_only=True)
+    torch.save({**head, "protocol": "joint CE, instance sampling"}, heads[0])
+
+    encoded, extract = [], evaluate.extract
+
+    def spy(backbone, dataset, head, *rest):
+        encoded.append((head["name"], dataset.paths[0].split("/")[0]))
+        return extract(backbone, dataset, head, *rest)
+    monkeypatch.setattr(evaluate, "extract", spy)
+    monkeypatch.setattr(evaluate, "draw", lambda rows, out: None)
+    results = []
+    for group in (heads, heads[:1], heads[1:2], heads[2:]):
+        more = ("--tau-norm",) if heads[0] in group else ()
+        script(evaluate, *group, "--list", test, "--val", val, "--ncm", *more, "--workers", 0)
+        results.append({(path, file.name): json.loads(file.read_text()) for path in group
+                        for file in path.parent.glob("eval*.json")})
+        if len(group) == 3:
+            assert sorted(encoded) == [("run0", "test"), ("run0", "train"), ("run0", "val"), ("run1", "test"),
+                                       ("run1", "train")]
+            table = capsys.readouterr().out
+            assert "| lt, cached features: linear on" in table and "| tau-norm of joint CE" in table
+    together, alone = results[0], {**results[1], **results[2], **results[3]}
+    assert len(together) == 6 and all(alone[key] == row for key, row in together.items())
+    assert together[heads[0], "eval_ncm.json"]["per_class"] != together[heads[2], "eval_ncm.json"]["per_class"]

@@ -305,7 +305,7 @@ def test_inaturalist_from_json_to_a_head(script, tmp_path):
         script(train_linear, tmp_path / "run/backbone.pt", "--protocol", "rep")
     script(train_linear, tmp_path / "run/backbone.pt", "--epochs", 1, "--batch", 6, "--workers", 0)
     head = torch.load(tmp_path / "run/linear-lt/head.pt", weights_only=True)
-    assert head["mean"] == (0.466, 0.471, 0.380) and head["std"] == (0.195, 0.194, 0.192) and head["chosen"] == "lr 0.1 given"
+    assert head["mean"] == (0.466, 0.471, 0.380) and head["std"] == (0.195, 0.194, 0.192) and head["chosen"] == "lr 0.1, weight decay 0.0005 given"
     script(evaluate, tmp_path / "run/head.pt", "--workers", 0, "--pictures", tmp_path)
     assert json.loads((tmp_path / "run/eval.json").read_text())["list"] == "iNaturalist18_val.txt"
     (tmp_path / "val2018.json").write_text('{"images": []}')
@@ -351,7 +351,7 @@ def test_cifar10_lt_from_pickles_to_a_head(script, tmp_path, monkeypatch):
            "--epochs", 1, "--workers", 0, "--out", tmp_path / "run")
     script(train_linear, tmp_path / "run/backbone.pt", "--epochs", 1, "--batch", 16, "--workers", 0)
     head = torch.load(tmp_path / "run/linear-lt/head.pt", weights_only=True)
-    assert head["counts"] == sizes and head["chosen"] == "lr 30 given" and head["std"] == (0.2023, 0.1994, 0.2010)
+    assert head["counts"] == sizes and head["chosen"] == "lr 30, weight decay 0 given" and head["std"] == (0.2023, 0.1994, 0.2010)
 
 
 def test_broken_cifar_pickles_are_noticed(script, tmp_path, monkeypatch):

@@ -410,7 +410,7 @@ def test_each_head_trains_as_it_would_alone(script, digits, tmp_path):
         if lr == last["lr"]:
             assert torch.allclose(alone["weight"], chosen["weight"], atol=1e-5)
             assert on_val == pytest.approx(chosen["val_top1"])
-    assert chosen["chosen"] == f"lr {last['lr']:g} chosen on val.txt" and "class sampling" in chosen["protocol"]
+    assert chosen["chosen"] == f"lr {last['lr']:g}, weight decay 0 chosen on val.txt" and "class sampling" in chosen["protocol"]
     assert {"mean", "std", "pixels", "resize"} <= set(chosen)
 
 

@@ -48,8 +48,8 @@ def load(out, settings, free, override, device):
     for file in files:
         try:
             ckpt = read(file, "the checkpoint of a run", device)
-            if zipfile.ZipFile(file).testzip() or not isinstance(ckpt.get("settings"), dict):
-                raise InputError(f"{file}: damaged")
+            if not isinstance(ckpt.get("settings"), dict) or zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+                raise InputError(f"{file}: not the checkpoint of a run, or damaged")
             break
         except (InputError, zipfile.BadZipFile) as error:
             ddp.print0(f"warning: {error}")

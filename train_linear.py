@@ -29,10 +29,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import checkpoint
 import data
 import ddp
 from baselines import CONTRASTIVE
-from checkpoint import read_head, settings_of
+from checkpoint import Stop, open_log, read_head, save, settings_of
 from ddp import InputError
 from resnet import ARCHS, load_backbone
 
@@ -78,6 +79,9 @@ def parse_args():
                    "photographs after losses on logits, or unknown ones, 5e-4")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--restart", action="store_true", help="throw away what an interrupted run left in --out; else it "
+                   "goes on from there")
+    p.add_argument("--override", action="store_true", help="go on with other settings than it began with")
     p.add_argument("--out", help="default: <folder of the backbone>/<classifier>-<protocol>[-cached]")
     args = p.parse_args()
 
@@ -261,25 +265,51 @@ def main():
     def encode(view):
         return backbone(data.normalize(view, spec["mean"], spec["std"], device))
 
-    # train
-    if ddp.rank() == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-        print("settings: " + ", ".join(f"{name}={v}" for name, v in settings.items()))
-        for name in ("head.pt", "eval.json"):  # of an earlier classifier
-            (args.out / name).unlink(missing_ok=True)
-        log = open(args.out / "log.jsonl", "w", buffering=1)
-        log.write(json.dumps({"command": " ".join(["train_linear.py", *sys.argv[1:]]), "settings": settings,
-                              "world": ddp.world(), "torch": torch.__version__}) + "\n")
+    # resume, or begin
+    first_epoch, first_step, total = 0, 0, torch.zeros(len(heads), device=device)
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    settings |= {"list_sha256": data.sha256(data.find_list(args.data, args.list)),
+                 "backbone_sha256": data.sha256(args.backbone)}
+    ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in settings.items()))
+    free = {"out", "workers", "restart", "override"}
+    if not args.restart and (ckpt := checkpoint.load(args.out, settings, free, args.override, device)):
+        try:
+            heads.load_state_dict(ckpt["heads"])
+            optimizer.load_state_dict(ckpt["optimizer"])
+            first_epoch, first_step, total = ckpt["epoch"], ckpt["step"], ckpt["total"].to(device)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{args.out} holds other classifiers ({str(error).splitlines()[-1].strip()}); --restart "
+                             "throws them away") from None
+        ddp.print0(f"{args.out}: going on after epoch {first_epoch} of {args.epochs}, step {first_step}")
     loader = (Cached(encode, dataset, draws, args.workers, device) if cached else
               data.InMemory(dataset, draws, args.aug, 1, device) if args.in_memory else
               data.train_loader(dataset, draws, args.workers))
-    for epoch in tqdm(range(args.epochs), desc=str(args.out), unit="epoch", disable=ddp.rank() > 0, mininterval=1):
-        draws.set_epoch(epoch)
-        total, since = torch.zeros(len(heads), device=device), time.time()
+    steps = len(loader)
+    done = first_epoch * steps + first_step
+    if ddp.rank() == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not done:
+            for name in ("ckpt.pt", "ckpt.prev.pt", "head.pt", "eval.json"):  # of an earlier classifier
+                (args.out / name).unlink(missing_ok=True)
+        log = open_log(args.out, {"command": " ".join(["train_linear.py", *sys.argv[1:]]), "settings": settings,
+                                  "world": ddp.world(), "torch": torch.__version__}, done or None)
+
+    def save_checkpoint(epoch, step):
+        """After so many whole epochs and steps of the next one."""
+        if ddp.rank() == 0:
+            save({"epoch": epoch, "step": step, "total": total, "heads": heads.state_dict(),
+                  "optimizer": optimizer.state_dict(), "settings": settings}, args.out / "ckpt.pt",
+                 before=args.out / "ckpt.prev.pt")
+
+    # train
+    stop = Stop()
+    for epoch in tqdm(range(first_epoch, args.epochs), desc=str(args.out), unit="epoch", disable=ddp.rank() > 0,
+                      mininterval=1):
+        draws.set_epoch(epoch, first_step)
+        since, since_step = time.time(), first_step
         for group, (lr, _) in zip(optimizer.param_groups, pairs):
             group["lr"] = learning_rate(lr, args.schedule, epoch / args.epochs)
-        for (view,), labels, _ in loader:
+        for step, ((view,), labels, _) in enumerate(loader, first_step + 1):
             with torch.no_grad():
                 features = view if cached else encode(view)               # (b, D)
             labels = labels.to(device)
@@ -288,11 +318,19 @@ def main():
             losses.sum().backward()
             optimizer.step()
             total += losses.detach()
+            if (step % 10 == 0 or ddp.world() == 1) and step < steps and (number := stop.asked()):
+                save_checkpoint(epoch, step)
+                stop.leave(number, args.out)
         if ddp.rank() == 0:
-            log.write(json.dumps({"epoch": epoch, "lr": [g["lr"] for g in optimizer.param_groups],
+            log.write(json.dumps({"epoch": epoch, "step": (epoch + 1) * steps,
+                                  "lr": [g["lr"] for g in optimizer.param_groups],
                                   "weight_decay": [g["weight_decay"] for g in optimizer.param_groups],
-                                  "loss": (total / len(loader)).tolist(),
-                                  "images_per_s": len(loader) * args.batch / (time.time() - since)}) + "\n")
+                                  "loss": (total / steps).tolist(),
+                                  "images_per_s": (steps - since_step) * args.batch / (time.time() - since)}) + "\n")
+        first_step, total = 0, torch.zeros_like(total)
+        save_checkpoint(epoch + 1, 0)
+        if number := stop.asked():
+            stop.leave(number, args.out)
 
     # choose on val
     best, val_top1 = 0, None
@@ -314,7 +352,7 @@ def main():
         raise RuntimeError(f"the frozen backbone changed: {moved[0]} and {len(moved) - 1} more tensors")
 
     lr, weight_decay = pairs[best]
-    if not torch.isfinite(total[best]):
+    if not all(x.isfinite().all() for x in heads[best].parameters()):
         raise InputError(f"the loss is not finite with learning rate {lr:g}; try a smaller --lr")
     if sentence := end_of_grid(lr, args.lr):
         ddp.print0(sentence)
@@ -332,7 +370,9 @@ def main():
                             f"{args.list}, {args.sampler} sampling, {args.epochs} epochs",
                 "chosen": f"lr {lr:g}, weight decay {weight_decay:g} {chosen_by}", "val_top1": val_top1,
                 **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}
-        torch.save(head, args.out / "head.pt")
+        save(head, args.out / "head.pt")
+        for name in ("ckpt.pt", "ckpt.prev.pt"):  # the classifier is there; the same command trains it anew
+            (args.out / name).unlink(missing_ok=True)
         log.write(json.dumps({"lr": lr, "weight_decay": weight_decay, "val_top1": val_top1}) + "\n")
         print(f"classifier in {args.out / 'head.pt'} ({head['protocol']}, {head['chosen']})")
 

@@ -325,7 +325,7 @@ def test_hostile_files(tmp_path, monkeypatch):
         reading.read("x.safetensors", "a checkpoint")
 
 
-def test_a_foreign_checkpoint_or_head(tmp_path):
+def test_a_foreign_checkpoint_or_head(tmp_path, capsys):
     head = {**dict.fromkeys(("backbone", "backbone_sha256", "data", "list", "counts_of", "list_sha256", "name", "protocol"), "x"),
             "arch": "resnet8", "dataset": "digits", "weight": torch.ones(3, 4), "bias": torch.ones(3), "counts": [3, 2, 1],
             "mean": (0.1,) * 3, "std": (0.2,) * 3, "pixels": 32, "resize": 32}
@@ -339,8 +339,9 @@ def test_a_foreign_checkpoint_or_head(tmp_path):
             evaluate.load_head(tmp_path / "head.pt", None, None)
     for content in ({"settings": 3}, {"model": {}}, [1]):
         torch.save(content, tmp_path / "ckpt.pt")
-        with pytest.raises(InputError, match="ckpt.pt: holds .*; expected the checkpoint of a run; --restart throws it away"):
-            checkpoint.load(tmp_path, {}, (), "cpu")
+        with pytest.raises(InputError, match="ckpt.pt does not load, nor one before it; --restart throws it away"):
+            checkpoint.load(tmp_path, {}, (), False, "cpu")
+        assert "ckpt.pt: " in capsys.readouterr().out  # why
 
 
 # ---- strangers' lists
@@ -474,7 +475,7 @@ with zipfile.ZipFile(io.BytesIO(NEW)) as z:
 
 
 READERS = {"backbone": lambda file: resnet.load_backbone(file, "tiny"), "head": lambda file: evaluate.load_head(file, None, None),
-           "checkpoint": lambda file: checkpoint.load(file.parent, {"lr": 0.1}, (), "cpu")}
+           "checkpoint": lambda file: checkpoint.load(file.parent, {"lr": 0.1}, (), False, "cpu")}
 
 
 @pytest.fixture

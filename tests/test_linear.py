@@ -1,5 +1,7 @@
 """Stage 2: heads side by side against each alone and a literal loop, cached features, what val chooses."""
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -21,7 +23,10 @@ def run(digits, tmp_path_factory):
     torch.manual_seed(0)
     encoder = resnet.ARCHS["resnet8"]()
     torch.save({n: x for n, x in encoder.state_dict().items() if n[:3] != "fc."}, root / "backbone.pt")
-    torch.save({"weight": encoder.fc.weight.detach().clone(), "bias": encoder.fc.bias.detach().clone()}, root / "head.pt")
+    text = dict.fromkeys(("backbone", "backbone_sha256", "data", "list", "counts_of", "list_sha256", "name", "protocol"), "-")
+    torch.save({**text, "weight": encoder.fc.weight.detach().clone(), "bias": encoder.fc.bias.detach().clone(),
+                "arch": "resnet8", "dataset": "digits", "counts": [86] * 10, "pixels": 32, "resize": 32,
+                "mean": (0.179,) * 3, "std": (0.279,) * 3}, root / "head.pt")
     (root / "small.txt").write_text("".join((digits / "train_lt0.txt").read_text().splitlines(keepends=True)[::8]))
     return root
 
@@ -164,3 +169,31 @@ def test_bad_input_is_one_sentence(linear, args, expected):
         linear(*args)
     text = str(error.value.code)
     assert text.startswith("error: ") and expected in text and "\n" not in text
+
+
+@pytest.mark.parametrize("how", [(), ("--features", "cached", "--sampler", "progressive")])
+def test_resumed_classifier_equals_the_straight_one(linear, tmp_path, monkeypatch, how):
+    """Asked to stop after three of four steps; no checkpoint is left of a classifier that is there."""
+    straight, _, out = linear("--lr", *LRS, *how)
+    step, steps = torch.optim.SGD.step, []
+
+    def step_and_be_told(self, *_):
+        steps.append(0)
+        step(self)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(torch.optim.SGD, "step", step_and_be_told)
+    run = tmp_path / "stopped"
+    with pytest.raises(SystemExit) as stopped:
+        linear("--lr", *LRS, *how, "--out", run)
+    ckpt = torch.load(run / "ckpt.pt", weights_only=True)
+    assert stopped.value.code == 128 + signal.SIGTERM and (ckpt["epoch"], ckpt["step"]) == (1, 1)
+    with pytest.raises(SystemExit, match="other settings .seed: 0 there, 1 here.; name another --out, --restart"):
+        linear("--lr", *LRS, *how, "--out", run, "--seed", 1)
+    with pytest.raises(FileNotFoundError):  # linear() looks for its own folder, where nothing is
+        linear("--lr", *LRS, *how, "--out", run)
+    resumed = torch.load(run / "head.pt", weights_only=True)
+    assert len(steps) == 4 and torch.equal(resumed["weight"], straight["weight"]) and resumed["chosen"] == straight["chosen"]
+    assert torch.equal(resumed["bias"], straight["bias"]) and resumed["val_top1"] == straight["val_top1"]
+    losses = [[json.loads(line).get("loss") for line in (x / "log.jsonl").read_text().splitlines()] for x in (out, run)]
+    assert losses[0] == losses[1] and not (run / "ckpt.pt").exists()

@@ -48,7 +48,8 @@ def load(out, settings, free, override, device):
     for file in files:
         try:
             ckpt = read(file, "the checkpoint of a run", device)
-            if not isinstance(ckpt.get("settings"), dict) or zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+            damaged = zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip()
+            if damaged or not isinstance(ckpt.get("settings"), dict):
                 raise InputError(f"{file}: not the checkpoint of a run, or damaged")
             break
         except (InputError, zipfile.BadZipFile) as error:

@@ -9,6 +9,8 @@ k-positive contrastive learning (KCL): the loss. Needs torch and nothing else; c
 
 "Exploring Balanced Feature Spaces for Representation Learning", Kang, Li, Xie, Yuan, Feng, ICLR 2021, eq. 4.
 """
+import math
+
 import torch
 
 
@@ -105,26 +107,28 @@ def class_sums(labels, queue, queue_labels):
 
 
 class FusedKCL(torch.autograd.Function):
-    """Loss and its gradient in one pass over chunks of the queue. Both sides are unit vectors, so |logit| <= 1/T and a
-    fixed shift by 1/T keeps exp inside fp32; no running maximum. With Z the sum of exp over own view and queue, m the
-    positives and D the divisor, a query's loss is (m log Z - sum of positive logits) / D, and
+    """Loss and its gradient in one pass over chunks of the queue. Both sides are unit vectors, so |logit| <= 1/T and
+    exp stays inside fp32 (exp(1/0.03) = 3e14) with no maximum to subtract. It is taken as 2^(logit log2 e): on a CPU a
+    quarter of exp's time. With Z the sum of exp over own view and queue, m the positives and D the divisor, a query's
+    loss is (m log Z - sum of positive logits) / D, and
     d loss / d q = (m softmax-weighted mean of the keys - sum of positive keys) / (D T)."""
 
     @staticmethod
     def forward(ctx, q, k, queue, positive_sum, m, divisor, forbidden, temperature, chunk):
-        own = ((q * k).sum(1) - 1) / temperature                          # (B,), shifted by 1/T
-        e = own.exp()
+        scaled = q * (math.log2(math.e) / temperature)
+        e = (scaled * k).sum(1).exp2()                                    # (B,), the own view's
         Z, weighted = e.clone(), e[:, None] * k                           # (B,), (B, d)
+        logits = q.new_empty(len(q), min(chunk, len(queue)))              # one for all chunks: it stays in the cache
         for begin in range(0, len(queue), chunk):
             keys = queue[begin:begin + chunk]                             # (c, d)
-            e = torch.addmm(q.new_full((), -1 / temperature), q, keys.T, alpha=1 / temperature).exp_()  # (B, c)
+            e = torch.mm(scaled, keys.T, out=logits[:, :len(keys)]).exp2_()  # (B, c)
             if forbidden is not None:
                 e.masked_fill_(forbidden(begin, begin + len(keys)), 0)
             Z += e.sum(1)
             weighted.addmm_(e, keys)
-        positive_logits = (q * positive_sum).sum(1) / temperature         # their sum, not shifted
+        positive_logits = (q * positive_sum).sum(1) / temperature         # their sum
         ctx.save_for_backward(((m / Z)[:, None] * weighted - positive_sum) / (divisor[:, None] * temperature * len(q)))
-        return ((m * (Z.log() + 1 / temperature) - positive_logits) / divisor).mean()
+        return ((m * Z.log() - positive_logits) / divisor).mean()
 
     @staticmethod
     def backward(ctx, grad):
@@ -139,8 +143,8 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
     inputs is a few (B, chunk) and (B, d) tensors, its time that of two matmuls. Rows must be unit vectors, or exp
     overflows.
 
-    Below T = 0.03, where exp(-2 / T) underflows, and with an empty queue it is kcl_loss itself. Differentiable once: a
-    second derivative raises RuntimeError.
+    Below T = 0.03 (at 0.011 exp(1 / T) leaves fp32) and with an empty queue it is kcl_loss itself. Differentiable once:
+    a second derivative raises RuntimeError.
     """
     check(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor)
     if temperature < 0.03 or not len(queue):

@@ -81,18 +81,20 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
 def choose_slots(labels, queue_labels, num_positives=6):
     """What choose_positives does, without a (B, K) mask: slots (B, k) int64 and taken (B, k) bool, k = num_positives.
 
-    The queue is sorted by label, in random order inside each; a query takes k neighbours from a random place of its
-    label's range, wrapping. So every subset is equally likely, as a lottery's; queries of one class share the order.
+    Sorted by label, a class is a range of n slots, of which each query draws k places after Floyd ("A sample of
+    brilliance", CACM 1987): the j-th is uniform in the first n - k + j + 1, or the last of these if that one is taken.
     """
-    lottery = torch.randint(2**32, queue_labels.shape, device=queue_labels.device)
-    order = (queue_labels.long() * 2**32 + lottery).argsort()             # (K,)
-    by_label = queue_labels[order]                                        # (K,)
+    by_label, order = queue_labels.sort()                                 # (K,)
     first = torch.searchsorted(by_label, labels)                          # (B,)
-    n = (torch.searchsorted(by_label, labels, right=True) - first) * (labels >= 0)
+    n = ((torch.searchsorted(by_label, labels, right=True) - first) * (labels >= 0))[:, None]   # (B, 1)
     step = torch.arange(num_positives, device=labels.device)
-    start = (torch.rand(len(labels), device=labels.device, dtype=torch.float64) * n).long()
-    place = first[:, None] + (start[:, None] + step) % n.clamp(min=1)[:, None]                  # (B, k)
-    return order[place.clamp(max=len(order) - 1)], step < n[:, None]
+    last = (n - num_positives).clamp(min=0) + step                        # (B, k)
+    place = (torch.rand(last.shape, device=labels.device, dtype=torch.float64) * (last + 1)).long()
+    for j in range(1, num_positives):
+        repeated = (place[:, :j] == place[:, j:j + 1]).any(1)
+        place[:, j] = last[:, j].where(repeated, place[:, j])
+    place = place.where(n > num_positives, step)                          # all of a class that has no more than k
+    return order[(first[:, None] + place).clamp(max=len(order) - 1)], step < n
 
 
 def class_sums(labels, queue, queue_labels):

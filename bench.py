@@ -5,9 +5,9 @@ What a step costs, in time and memory, as ratios of two figures taken side by si
     python bench.py --only S1 S2                 # some of them
     python bench.py --json results/bench.json    # the same figures once more, for programs
 
-Absolute times do not carry over between machines, ratios nearly do. So the things that are compared run in turn, A B A B
-..., in one process, after a warm-up, without garbage collection; a row is the median and the quartiles of the n ratios
-A / B, beside it the medians of A and of B. Time is the CPU time of all threads, on a GPU that of CUDA events. Memory is
+Absolute times do not carry over between machines, ratios nearly do. So what is compared runs in turn, A B A B ..., in one
+process, after a warm-up, without garbage collection; a row is the median and the quartiles of the n ratios A / B, beside
+it the medians of A and of B. Time is the CPU time of all threads, on a GPU that of CUDA events. Memory is
 measured as well: the largest running sum of what torch's profiler saw allocated and freed, on a GPU that of the caching
 allocator. "The authors'" is what their code does, operation by operation, written down anew.
 """
@@ -43,8 +43,8 @@ from moco import MoCo
 from resnet import ARCHS
 from train_linear import linear_heads
 
-# N queries, K keys, d: the loss alone. arch, images, pixels: whole steps, small ones on a CPU, to which 256 images of 224
-# px are a minute or two; the ratio of two steps is that of large ones while convolutions outweigh the weights' traffic.
+# N queries, K keys, d: the loss alone. arch, images, pixels: whole steps, small on a CPU, to which 256 images of 224 px
+# are a minute or two; the ratio of two steps is that of large ones while convolutions outweigh the weights' traffic.
 # n: scale of the number of rounds, 0 = two.
 CPU = dict(N=256, K=65536, d=128, arch="resnet50", images=16, pixels=160, n=1)
 GPU = dict(CPU, images=256, pixels=224)
@@ -96,8 +96,8 @@ def peak_memory(f, device):
 
 class Watch(TorchDispatchMode):
     """While active, counts by operator: waits, what would wait for a GPU as its value or shape is needed; large, new
-    tensors of `size` elements or more; copies, where what was drawn from a generator of its own on the CPU (the shuffle's
-    plan, which is on the CPU on every device) meets the device. Only a GPU can say which copies wait: set_sync_debug_mode.
+    tensors of `size` elements or more; copies, where what was drawn from a generator of its own on the CPU (the plan of
+    the shuffle, which is on the CPU on every device) meets the device. Only a GPU can say which copies wait.
     """
     WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim",
              "unique_consecutive", "bincount"}
@@ -181,8 +181,10 @@ def losses(a):
             "the authors' loss": partial(both, authors_loss, queue.T.contiguous())}
 
 
-def two_matmuls(a, chunk=1024):
-    """The floor: q queue^T, and that (in the place of its softmax) times queue; in chunks, nothing allocated."""
+def two_matmuls(a, chunk=None):
+    """The floor: q queue^T, and that (in the place of its softmax) times queue; nothing allocated. On a CPU in chunks
+    that its cache holds, on a GPU at once: the faster way on each, the other one has a row."""
+    chunk = chunk or (a.K if a.device.type == "cuda" else 1024)
     q, _, queue, _, _ = loss_inputs(a)
     logits, out = q.new_empty(a.N, min(chunk, a.K)), torch.empty_like(q)
 
@@ -255,11 +257,12 @@ def s1(a):
         for name, each in zip(compared, times):
             yield ratio(f"{name} over the two matmuls, glibc giving freed memory back", each, base)
         keep_freed_memory(True)
-    base, *times, whole = in_turn(15 * a.n, a.device, floor, *compared.values(), two_matmuls(a, chunk=a.K))
+    base, *times, other = in_turn(15 * a.n, a.device, floor, *compared.values(), two_matmuls(
+        a, 1024 if a.device.type == "cuda" else a.K))
     for name, each in zip(compared, times):
         yield ratio(f"{name} with choice and gradient over the two matmuls, N={a.N} K={a.K} d={a.d}", each, base,
                     1.10 if name == "fast_kcl_loss" else None)
-    yield ratio("these matmuls with the whole queue at once over chunks of 1024", whole, base)
+    yield ratio(f"these matmuls {'in chunks of 1024' if a.device.type == 'cuda' else 'at once'} over them", other, base)
 
 
 def s2(a):
@@ -349,7 +352,7 @@ def s8(a):
 
     for f, what, goal in (step, "a KCL step", 0), (authors, "the authors' loss, queue pointer and log", None):
         f()
-        with Watch(a.N * a.K) as watch, warnings.catch_warnings(record=True) as caught:
+        with Watch(a.N * a.K) as watch:
             f()
         waits = watch.waits.total()
         if a.device.type == "cuda":
@@ -358,7 +361,7 @@ def s8(a):
                 torch.cuda.set_sync_debug_mode("warn")
                 f()
                 torch.cuda.set_sync_debug_mode("default")
-            waits = sum("synchroniz" in str(w.message) for w in caught)
+            waits = sum("called a synchronizing" in str(w.message) for w in caught)
         found = ", ".join(f"{name} {n}" for name, n in (watch.waits + watch.large).items() if n)
         yield row(f"device waits and N x K tensors made in {what}", waits + watch.large.total(), goal,
                   f"{waits} waits, {watch.large.total()} tensors, {watch.copies.total()} copies to the device" +
@@ -369,7 +372,8 @@ def photograph(file, width, seed):
     """A JPEG with about a photograph's spectrum: noise of every scale, the coarser the stronger."""
     rng, image = np.random.default_rng(seed), 0
     for scale in (2, 4, 8, 16, 32):
-        noise = Image.fromarray(rng.integers(256, size=(width * 3 // 4 // scale + 1, width // scale + 1, 3), dtype=np.uint8))
+        small = (width * 3 // 4 // scale + 1, width // scale + 1, 3)
+        noise = Image.fromarray(rng.integers(256, size=small, dtype=np.uint8))
         image = image + scale * np.asarray(noise.resize((width, width * 3 // 4), Image.Resampling.BICUBIC), float)
     image = (115 + 55 * (image - image.mean()) / image.std()).clip(0, 255).astype(np.uint8)
     Image.fromarray(image).save(file, quality=95)
@@ -429,10 +433,10 @@ def s10(a):
             moco.keys(images, labels, torch.Tensor.float)
     ours = sum(received) / steps
     # what a rank of the authors' receives; in MB with ResNet-50, 224 px, K = 65536, d = 128:
-    authors = ((W - 1) * b * 3 * pixels**2 * 4                            # 134.9  the images of all ranks, gathered, fp32
+    authors = ((W - 1) * b * 3 * pixels**2 * 4                            # 134.9  images of all ranks, gathered, fp32
                + 2 * (W - 1) * b * a.d * 4                                #   0.2  keys, to unshuffle and to enqueue
                + (W - 1) * b * 8 + W * b * 8                              #   0.0  labels; the permutation
-               + a.K * (a.d * 4 + 8) + 8                                  #  34.1  DDP's broadcast: queue, labels, pointer
+               + a.K * (a.d * 4 + 8) + 8                                  #  34.1  DDP broadcasts queue, labels, pointer
                + 2 * sum(x.nbytes for x in ARCHS[a.arch]().buffers()))    #   0.4  and both encoders' BatchNorm
     yield row(f"bytes that a rank receives a step, gradients aside, W={W}, {b} x {pixels} px a rank, over the authors'",
               ours / authors, 0.03, f"{ours / 1e6:.4g} MB counted / {authors / 1e6:.4g} MB on paper", steps)
@@ -535,7 +539,8 @@ def main():
     if args.quick:
         print("Tiny sizes, n = 2: these figures mean nothing.\n")
     print(f"torch {head['torch']}, {head['threads']} thread(s), {head['cores']} cores of {head['cpu']}, GPU: "
-          f"{head['gpu']}, {head['date']}; {head['clock']}; freed memory is kept (ddp.init) unless a row says otherwise.\n")
+          f"{head['gpu']}, {head['date']}; {head['clock']}; freed memory is kept (ddp.init) where a row does not say "
+          "otherwise.\n")
     print("| | what | measured | goal | met | from | n | quartiles |\n|---|---|---|---|---|---|---|---|", flush=True)
     rows, began = [], time.time()
     for name in (name for name in ROWS if name in args.only):

@@ -5,11 +5,11 @@ What a step costs, in time and memory, as ratios of two figures taken side by si
     python bench.py --only S1 S2                 # some of them
     python bench.py --json results/bench.json    # the same figures once more, for programs
 
-Absolute times do not carry over between machines, ratios nearly do. So what is compared runs in turn, A B A B ..., in one
-process, after a warm-up, without garbage collection; a row is the median and the quartiles of the n ratios A / B, beside
-it the medians of A and of B. Time is the CPU time of all threads, on a GPU that of CUDA events. Memory is
-measured as well: the largest running sum of what torch's profiler saw allocated and freed, on a GPU that of the caching
-allocator. "The authors'" is what their code does, operation by operation, written down anew.
+Absolute times do not carry over between machines, ratios nearly do. So what is compared runs in turn, A B A B ..., in
+one process, after a warm-up, without garbage collection; a row is the median and the quartiles of the n ratios A / B,
+and the medians of A and of B. Time is the CPU time of all threads, on a GPU that of CUDA events. Memory is measured:
+the largest running sum of what torch's profiler saw allocated and freed, on a GPU that of the caching allocator. "The
+authors'" is what their code does, operation by operation, written down anew.
 """
 import argparse
 import ctypes
@@ -374,7 +374,7 @@ def photograph(file, width, seed):
     for scale in (2, 4, 8, 16, 32):
         small = (width * 3 // 4 // scale + 1, width // scale + 1, 3)
         noise = Image.fromarray(rng.integers(256, size=small, dtype=np.uint8))
-        image = image + scale * np.asarray(noise.resize((width, width * 3 // 4), Image.Resampling.BICUBIC), float)
+        image = image + scale**0.5 * np.asarray(noise.resize((width, width * 3 // 4), Image.Resampling.BICUBIC), float)
     image = (115 + 55 * (image - image.mean()) / image.std()).clip(0, 255).astype(np.uint8)
     Image.fromarray(image).save(file, quality=95)
 
@@ -399,7 +399,7 @@ def s9(a):
                 images[i, i]
 
         image_list = partial(data.ImageList, folder, "list.txt", data.augmentation("sup", pixels), num_views=2)
-        yield ratio(f"{count} samples of two crops from JPEGs of {kB:.0f} kB over PIL's path to fp32",
+        yield ratio(f"{count} samples of two crops from JPEGs of {kB:.0f} kB over PIL's path to fp32, CPU time",
                     *in_turn(9 * a.n, cpu, partial(ours, image_list()), pil), 0.55)
         what = "the same from the cache of decoded images, short side 256"
         if hasattr(data.ImageList, "use_cache"):

@@ -143,7 +143,7 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
                   fixed_divisor=False, drop_unused=False, chunk=None):
     """kcl_loss with the same arguments, result and errors, but other draws of the positives: its memory beyond the
     inputs is a few (B, chunk) and (B, d) tensors, its time that of two matmuls. Rows must be unit vectors, or exp
-    overflows. chunk: keys at a time; by default 1024, which a CPU's cache holds for B = 256, and 4096 on a GPU, where the
+    overflows. chunk: keys at a time; by default 1024, which a CPU's cache holds for B = 256, and 4096 on a GPU, where
     launches take longer than the arithmetic.
 
     Below T = 0.03 (at 0.011 exp(1 / T) leaves fp32) and with an empty queue it is kcl_loss itself. Differentiable once:

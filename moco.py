@@ -94,7 +94,8 @@ class MoCo(nn.Module):
         labels = labels.view(b, J).T.reshape(-1, 1).view(torch.float32)   # (J b, 2): the bits of an int64 in two floats
         packed = ddp.gather(torch.cat([torch.cat(k), labels], dim=1))               # (W J b, d + 2)
         packed = packed.view(W, J, b, -1).transpose(0, 1).flatten(0, 2)   # by virtual rank
-        keys = torch.empty_like(packed[:, :-2]).index_copy_(0, order.to(packed.device), packed[:, :-2])
+        order = order.to(packed.device, non_blocking=True)                # no step waits for the device
+        keys = torch.empty_like(packed[:, :-2]).index_copy_(0, order, packed[:, :-2])
         return keys, packed[:, -2:].contiguous().view(torch.int64).flatten()
 
     def own(self, keys, j=0):

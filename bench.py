@@ -18,6 +18,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -37,6 +39,7 @@ from torchvision import transforms as T
 
 import data
 import ddp
+import make_lt
 from ddp import InputError
 from kcl import choose_positives, choose_slots, fast_kcl_loss, kcl_loss
 from moco import MoCo
@@ -467,8 +470,28 @@ def s11(a):
 
 
 def s12(a):
-    yield row("one global batch as 1 x 4, 2 x 2, 4 x 1 ranks x parts: loss, gradients, queue, BatchNorm", goal=1e-5,
-              needs="several processes: see tests/")
+    """train_rep.py itself, 4 steps of 16 digits as four virtual GPUs, on 1, 2 and 4 processes: their checkpoints."""
+    what = "one global batch as 1 x 4, 2 x 2, 4 x 1 processes x parts: weights, momentum, queue, BatchNorm, largest gap"
+    if a.quick:
+        yield row(what, goal=1e-5, needs="a run without --quick")
+        return
+    found, scripts = [], Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        make_lt.make_digits(Path(folder, "digits"))
+        lines = Path(folder, "digits/train_lt0.txt").read_text().splitlines(keepends=True)[::13]
+        Path(folder, "list.txt").write_text("".join(lines))
+        for world in (1, 2, 4):
+            subprocess.run([
+                sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", scripts / "train_rep.py",
+                *f"--dataset digits --data {folder}/digits --list {folder}/list.txt --batch 16 --queue 50 --epochs 1 "
+                f"--virtual-gpus 4 --out {folder}/{world}".split()], check=True, capture_output=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+            ckpt = torch.load(f"{folder}/{world}/ckpt.pt", weights_only=True)
+            momentum = [x["momentum_buffer"] for x in ckpt["optimizer"]["state"].values()]
+            found.append([x.double() for x in (*ckpt["model"].values(), *momentum) if isinstance(x, torch.Tensor)])
+    gaps = [max((x - y).abs().max().item() for x, y in zip(found[0], other)) for other in found[1:]]
+    yield row(what, max(gaps), 1e-5, f"{gaps[0]:.1e}, {gaps[1]:.1e} on values up to "
+              f"{max(x.abs().max().item() for x in found[0]):.3g}", 2)
 
 
 def parts(a):

@@ -13,7 +13,9 @@ CPU = torch.device("cpu")
 
 
 def test_quick_run_prints_every_row_and_writes_the_same(script, capsys, tmp_path):
+    threads = torch.get_num_threads()
     script(bench, "--quick", "--json", tmp_path / "bench.json")
+    torch.set_num_threads(threads)
     out = capsys.readouterr().out
     written = json.loads((tmp_path / "bench.json").read_text())
     printed = [line for line in out.splitlines() if line.startswith("| S") or line.startswith("| parts")]
@@ -21,7 +23,7 @@ def test_quick_run_prints_every_row_and_writes_the_same(script, capsys, tmp_path
     assert list(dict.fromkeys(r["id"] for r in written["rows"])) == list(bench.ROWS)
     for r in written["rows"]:
         assert r["needs"] or math.isfinite(r["value"]) and r["n"] and r["figures"], r
-        assert line_has_as_many_columns(bench.line(r))
+        assert bench.line(r).count("|") == 9
         low, high = r["quartiles"] or (r["value"], r["value"])
         assert r["needs"] or 0 <= low <= r["value"] <= high
     assert written["quick"] and written["torch"] == torch.__version__ and "mean nothing" in out
@@ -29,10 +31,6 @@ def test_quick_run_prints_every_row_and_writes_the_same(script, capsys, tmp_path
     # 7 of 8 of 4 images come from elsewhere, in the mean over 5 shuffles; and 7 ranks' 4 keys of 16 floats and a label
     counted = float(next(r for r in written["rows"] if r["id"] == "S10")["figures"].split()[0]) * 1e6
     assert counted == pytest.approx(7 / 8 * 4 * 3 * 32**2 + 7 * 4 * (16 * 4 + 8), rel=0.15)
-
-
-def line_has_as_many_columns(line):
-    return line.count("|") == 9
 
 
 def test_bad_input_is_one_sentence(script):

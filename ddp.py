@@ -79,13 +79,13 @@ def exchange(x, owner, place):
     that nothing travels but the rows. Returns (n, ...).
     """
     me, W = rank(), world()
-    sent = x[torch.cat([place[r][owner[r] == me] for r in range(W)]).to(x.device)]
+    sent = x[torch.cat([place[r][owner[r] == me] for r in range(W)]).to(x.device, non_blocking=True)]
     if W == 1:
         return sent
     got = x.new_empty(owner.shape[1], *x.shape[1:])
     dist.all_to_all_single(got, sent.contiguous(), owner[me].bincount(minlength=W).tolist(),
                            (owner == me).sum(1).tolist())
-    return got[owner[me].argsort(stable=True).argsort().to(x.device)]     # it arrived rank by rank
+    return got[owner[me].argsort(stable=True).argsort().to(x.device, non_blocking=True)]  # it arrived rank by rank
 
 
 class GatherWithGradient(torch.autograd.Function):

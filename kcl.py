@@ -153,6 +153,7 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
     if temperature < 0.03 or not len(queue):
         return kcl_loss(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor, drop_unused)
     chunk = chunk or (4096 if q.is_cuda else 1024)
+    labels, queue_labels = labels.contiguous(), queue_labels.contiguous()  # or searchsorted copies, and warns
     with torch.autocast(q.device.type, enabled=False):
         q, k, queue = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k.detach(), queue.detach()))
         slots = taken = None

@@ -321,11 +321,12 @@ def main():
             if (step % 10 == 0 or ddp.world() == 1) and step < steps and (number := stop.asked()):
                 save_checkpoint(epoch, step)
                 stop.leave(number, args.out)
+        torch.distributed.all_reduce(total)
         if ddp.rank() == 0:
             log.write(json.dumps({"epoch": epoch, "step": (epoch + 1) * steps,
                                   "lr": [g["lr"] for g in optimizer.param_groups],
                                   "weight_decay": [g["weight_decay"] for g in optimizer.param_groups],
-                                  "loss": (total / steps).tolist(),
+                                  "loss": (total / steps / ddp.world()).tolist(),
                                   "images_per_s": (steps - since_step) * args.batch / (time.time() - since)}) + "\n")
         first_step, total = 0, torch.zeros_like(total)
         save_checkpoint(epoch + 1, 0)

@@ -236,7 +236,8 @@ def test_cache_gives_the_pixels_of_the_uncached_path(photos, tmp_path, workers):
     sides = set()
     for i in range(11):
         assert torch.equal(plain.image(i), cached.cache[i])
-        side = min(Image.open(photos / plain.paths[i]).size)
+        with Image.open(photos / plain.paths[i]) as opened:
+            side = min(opened.size)
         assert min(plain.image(i).shape[1:]) == min(side, 40)  # never enlarged
         sides.add(side > 40)
         for a, b in zip(plain[i, 7][0], cached[i, 7][0]):

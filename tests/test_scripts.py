@@ -80,13 +80,14 @@ def test_every_command_of_the_readme(copy, script, monkeypatch):
     commands = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()
                 if re.match(r"python [a-z_]+\.py|torchrun", line)]
     assert len(commands) >= 12 and {c.split(".py")[0].split()[-1] for c in commands} == {
-        "make_lt", "train_rep", "train_linear", "evaluate", "transfer_det", "export"}
+        "bench", "make_lt", "train_rep", "train_linear", "evaluate", "transfer_det", "export"}
     imagenet_stand_in(copy / "imagenet")
     other_stand_ins(copy)
     for command in commands:
         command = command.replace("--long-tail imagenet-lt", "--long-tail exponential --imbalance 2 --holdout 1")
         command = command.replace("/path/to/inat2018", "inat2018").replace("/path/to/places365", "places365 --holdout 1")
         tiny = {"train_rep": " --epochs 1 --queue 40", "train_linear": " --epochs 1 --lr 0.1 1",
+                "bench": " --quick",
                 "transfer_det": " --iterations 2 --batch 2 --train-scenes 4 --test-scenes 2 --precise-bn 1"}.get(
             command.split(".py")[0].split()[-1], "")
         if "/path/to/imagenet" in command or "runs/imagenet" in command:
@@ -127,11 +128,13 @@ def test_two_processes_evaluate_as_one(script, ranks, digits, tmp_path, monkeypa
     """Stage 1 on two ranks; stages 2 and 3 on one and on two: the same classifier, the same evaluation."""
     monkeypatch.chdir(tmp_path)
     ranks(2, "train_rep", "--loss", "kcl", "--dataset", "digits", "--data", digits, "--epochs", 2, "--out", "run")
-    script(train_linear, "run/backbone.pt", "--epochs", 2, "--lr", 0.1, 1, "--out", "one")
-    ranks(2, "train_linear", "run/backbone.pt", "--epochs", 2, "--lr", 0.1, 1, "--out", "two")
+    script(train_linear, "run/backbone.pt", "--epochs", 2, "--lr", 0.03, 0.1, "--out", "one")
+    ranks(2, "train_linear", "run/backbone.pt", "--epochs", 2, "--lr", 0.03, 0.1, "--out", "two")
     heads = [torch.load(tmp_path / out / "head.pt", weights_only=True) for out in ("one", "two")]
     assert torch.allclose(heads[0]["weight"], heads[1]["weight"], atol=1e-4)
     assert heads[0]["val_top1"] == heads[1]["val_top1"]
+    losses = [[json.loads(line)["loss"] for line in open(f"{out}/log.jsonl").readlines()[1:-1]] for out in ("one", "two")]
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-4)  # of all ranks
     script(evaluate, "one/head.pt")
     results = [(tmp_path / "one/eval.json").read_text()]
     ranks(2, "evaluate", "one/head.pt")

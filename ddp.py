@@ -110,7 +110,8 @@ def waited_for(error):
         if sign in str(error):
             ours = [frame for frame in traceback.extract_tb(error.__traceback__)
                     if Path(torch.__file__).parent not in Path(frame.filename).parents and frame.filename != __file__]
-            return (f"rank {rank()} of {world()} waited for another rank in {Path(ours[-1].filename).name}, line "
+            me, all_ranks = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)  # also before the group is there
+            return (f"rank {me} of {all_ranks} waited for another rank in {Path(ours[-1].filename).name}, line "
                     f"{ours[-1].lineno} (`{ours[-1].line}`) {why}; see what the others say")
     return None
 

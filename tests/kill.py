@@ -71,18 +71,21 @@ def main():
 
     if args.elastic:
         straight, killed = args.out / "straight", args.out / "killed"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3",
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=10",
                     str(ROOT / "train_rep.py"), *run]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*torchrun, straight], env=env, check=True, capture_output=True)
-        process = subprocess.Popen([*torchrun, killed], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with open(args.out / "torchrun.txt", "w") as said:
+            process = subprocess.Popen([*torchrun, killed], env=env, stdout=said, stderr=subprocess.STDOUT)
         while not (killed / "ckpt.pt").exists():
             time.sleep(0.05)
         time.sleep(rng.random())
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(rng.choice(ranks)), signal.SIGKILL)
         code = process.wait()
-        print(f"one of two ranks killed under torchrun: exit code {code}, the same weights and queue: "
+        if code:
+            sys.exit(f"error: torchrun ended with {code}")
+        print(f"one of two ranks killed under torchrun: the same weights and queue: "
               f"{same(final(straight), final(killed))}")
         return
 

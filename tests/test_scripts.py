@@ -214,6 +214,30 @@ def test_defaults_are_the_papers(monkeypatch, tmp_path):
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
 
 
+def test_a_signal_to_one_of_two_ranks_and_on_with_one(script, ranks, digits, tmp_path, monkeypatch):
+    """Both leave after the same step, with a checkpoint; one rank that plays both goes on to where it alone would have come."""
+    args = ("--loss", "kcl", "--dataset", "digits", "--data", digits, "--list", small_list(digits, tmp_path), "--batch", 36,
+            "--queue", 100, "--epochs", 2, "--log-every", 2, "--virtual-gpus", 2, "--out")
+    script(train_rep, *args, tmp_path / "straight")
+    step, steps = torch.optim.SGD.step, []
+
+    def step_and_be_told(self, *_):
+        steps.append(0)
+        step(self)
+        if os.environ.get("RANK") == "1" and len(steps) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as m, pytest.raises(AssertionError, match="SIGTERM: .*run is saved; the same command goes on"):
+        m.setattr(torch.optim.SGD, "step", step_and_be_told)
+        ranks(2, "train_rep", *args, tmp_path / "run")
+    ckpt = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    assert (ckpt["epoch"], ckpt["step"], ckpt["settings"]["world"]) == (0, 2, 2)
+    script(train_rep, *args, tmp_path / "run")
+    straight, resumed = (torch.load(tmp_path / f"{out}/ckpt.pt", weights_only=True)["model"] for out in ("straight", "run"))
+    for name, x in straight.items():
+        if isinstance(x, torch.Tensor):
+            torch.testing.assert_close(x, resumed[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
 def test_amp_and_compile_leave_float32_under_the_same_names(script, digits, tmp_path, monkeypatch):
     """bfloat16 and compiled encoders: a loss near the plain one, files as without."""
     compile = torch.nn.Module.compile

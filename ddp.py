@@ -27,7 +27,10 @@ def init():
     # how long a rank waits for the others in one collective; the longest wait is for rank 0's evaluation or checkpoint
     timeout = datetime.timedelta(seconds=float(os.environ.get("KCL_TIMEOUT", 1800)))
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        # torchrun keeps its store over restarts: without a prefix the ranks find the addresses of those before
+        store, rank_, world_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank_, world_size=world_, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -71,7 +71,7 @@ def main():
 
     if args.elastic:
         straight, killed = args.out / "straight", args.out / "killed"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=10",
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
                     str(ROOT / "train_rep.py"), *run]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*torchrun, straight], env=env, check=True, capture_output=True)

@@ -226,8 +226,11 @@ class Storage:
 
 def dumps(thing, view=()):
     f = io.BytesIO()
-    pickler = pickle.Pickler(f, 2)
-    pickler.persistent_id = lambda x: x.id + view if isinstance(x, Storage) else None
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, x):
+            return x.id + view if isinstance(x, Storage) else None
+    pickler = Pickler(f, 2)
     pickler.dump(thing)
     return f.getvalue()
 

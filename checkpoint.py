@@ -2,6 +2,7 @@
 What a run leaves for later: its checkpoint, to go on from, its settings, which stand in the first line of its log, and
 its classifier; and how it is asked to stop in between.
 """
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,8 @@ import ddp
 from ddp import InputError
 from reading import printable, read
 from resnet import ARCHS
+
+FILES = ("ckpt.pt", "ckpt.prev.pt")  # the checkpoint, and the one before
 
 
 def save(state, path, before=None):
@@ -38,11 +41,32 @@ def save(state, path, before=None):
     os.replace(f"{path}.tmp", path)
 
 
+def save_checkpoint(state, out):
+    """The newest of FILES; the newest so far becomes the one before."""
+    save(state, out / FILES[0], before=out / FILES[1])
+
+
+def remove(out, *names):
+    """The checkpoints in `out`, and the files `names`, those that are there."""
+    for name in (*FILES, *names):
+        (out / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def fitting(out):
+    """with fitting(out): what takes a checkpoint's entries. InputError where one is missing or does not fit."""
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{out} holds another model ({str(error).splitlines()[-1].strip()}); name another --out, or "
+                         "--restart to throw it away") from None
+
+
 def load(out, settings, free, override, device):
     """The checkpoint in `out` of a run with these settings, but for the names in `free`, which change no weight; None
     where there is none. One that is broken (each entry of the file has a checksum) is passed over for the one before,
     with a warning. Raises InputError where that is broken too, or is another run's, unless override."""
-    files = [file for file in (out / "ckpt.pt", out / "ckpt.prev.pt") if file.exists()]
+    files = [out / name for name in FILES if (out / name).exists()]
     if not files:
         return None
     for file in files:

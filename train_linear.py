@@ -273,13 +273,10 @@ def main():
     ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in settings.items()))
     free = {"out", "workers", "restart", "override"}
     if not args.restart and (ckpt := checkpoint.load(args.out, settings, free, args.override, device)):
-        try:
+        with checkpoint.fitting(args.out):
             heads.load_state_dict(ckpt["heads"])
             optimizer.load_state_dict(ckpt["optimizer"])
             first_epoch, first_step, total = ckpt["epoch"], ckpt["step"], ckpt["total"].to(device)
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{args.out} holds other classifiers ({str(error).splitlines()[-1].strip()}); --restart "
-                             "throws them away") from None
         ddp.print0(f"{args.out}: going on after epoch {first_epoch} of {args.epochs}, step {first_step}")
     loader = (Cached(encode, dataset, draws, args.workers, device) if cached else
               data.InMemory(dataset, draws, args.aug, 1, device) if args.in_memory else
@@ -289,17 +286,16 @@ def main():
     if ddp.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         if not done:
-            for name in ("ckpt.pt", "ckpt.prev.pt", "head.pt", "eval.json"):  # of an earlier classifier
-                (args.out / name).unlink(missing_ok=True)
+            checkpoint.remove(args.out, "head.pt", "eval.json")  # of an earlier classifier
         log = open_log(args.out, {"command": " ".join(["train_linear.py", *sys.argv[1:]]), "settings": settings,
                                   "world": ddp.world(), "torch": torch.__version__}, done or None)
 
     def save_checkpoint(epoch, step):
         """After so many whole epochs and steps of the next one."""
         if ddp.rank() == 0:
-            save({"epoch": epoch, "step": step, "total": total, "heads": heads.state_dict(),
-                  "optimizer": optimizer.state_dict(), "settings": settings}, args.out / "ckpt.pt",
-                 before=args.out / "ckpt.prev.pt")
+            checkpoint.save_checkpoint({
+                "epoch": epoch, "step": step, "total": total, "heads": heads.state_dict(),
+                "optimizer": optimizer.state_dict(), "settings": settings}, args.out)
 
     # train
     stop = Stop()
@@ -372,8 +368,7 @@ def main():
                 "chosen": f"lr {lr:g}, weight decay {weight_decay:g} {chosen_by}", "val_top1": val_top1,
                 **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}
         save(head, args.out / "head.pt")
-        for name in ("ckpt.pt", "ckpt.prev.pt"):  # the classifier is there; the same command trains it anew
-            (args.out / name).unlink(missing_ok=True)
+        checkpoint.remove(args.out)  # the classifier is there; the same command trains it anew
         log.write(json.dumps({"lr": lr, "weight_decay": weight_decay, "val_top1": val_top1}) + "\n")
         print(f"classifier in {args.out / 'head.pt'} ({head['protocol']}, {head['chosen']})")
 

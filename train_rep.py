@@ -224,7 +224,7 @@ def main():
         if faults := data.on_rank0(lambda: make_lt.check(args.data, {args.list, args.val} - {"none"}, args.workers)):
             raise InputError(f"{faults:,} faults in {args.list} or {args.val}, listed above")
     skipped = args.out / "skipped.txt"
-    resume = not args.restart and any((args.out / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt"))
+    resume = not args.restart and any((args.out / name).exists() for name in checkpoint.FILES)
     none_skipped = not args.skip_broken or not dataset.leave_out_broken(skipped, resume, args.workers)
     if args.cache:
         dataset.use_cache(args.cache, args.workers)
@@ -291,14 +291,11 @@ def main():
             "world"}  # whatever the ranks, the parts of a batch are those of virtual_gpus
     ckpt = None if args.restart else checkpoint.load(args.out, head_line["settings"], free, args.override, device)
     if ckpt:
-        try:
+        with checkpoint.fitting(args.out):
             model.load_state_dict(ckpt["model"])
             optimizer.load_state_dict(ckpt["optimizer"])
             first_epoch, first_step, running = (ckpt[name] for name in ("epoch", "step", "running"))
             left_out = ckpt["left_out"]
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{args.out} holds another model ({str(error).splitlines()[-1].strip()}); name another "
-                             "--out") from None
         if first_epoch == args.epochs and (args.out / "backbone.pt").exists():
             ddp.print0(f"{args.out} is finished already; --restart trains it again")
             return
@@ -317,16 +314,16 @@ def main():
     if ddp.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         if not ckpt:
-            for name in ("ckpt.pt", "ckpt.prev.pt", "backbone.pt", "head.pt"):
-                (args.out / name).unlink(missing_ok=True)
+            checkpoint.remove(args.out, "backbone.pt", "head.pt")
         log = open_log(args.out, head_line, first_epoch * steps + first_step if ckpt else None)
 
     def save_checkpoint(epoch, step):
         """After so many whole epochs and steps of the next one."""
         if ddp.rank() == 0:
-            save({"epoch": epoch, "step": step, "running": total.item(), "left_out": left_out,
-                  "model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": head_line["settings"]},
-                 args.out / "ckpt.pt", before=args.out / "ckpt.prev.pt")
+            checkpoint.save_checkpoint({
+                "epoch": epoch, "step": step, "running": total.item(), "left_out": left_out,
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "settings": head_line["settings"]}, args.out)
 
     # train
     bar = tqdm(total=steps * args.epochs, initial=steps * first_epoch + first_step, desc=args.out.name, unit="step",

@@ -573,13 +573,10 @@ def main():
     first = 0
     free = {"out", "split", "workers", "log_every", "save_every", "show", "restart", "override", "table"}
     if not args.restart and (ckpt := checkpoint.load(args.out, settings, free, args.override, device)):
-        try:
+        with checkpoint.fitting(args.out):
             detector.load_state_dict(ckpt["model"])
             optimizer.load_state_dict(ckpt["optimizer"])
             first = ckpt["iteration"]
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{args.out} holds another model ({str(error).splitlines()[-1].strip()}); name another "
-                             "--out") from None
         if first == args.iterations and results.exists() and not args.show:
             ddp.print0(f"{args.out} is finished already; --restart trains it again")
             return
@@ -587,9 +584,8 @@ def main():
     if ddp.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         if not first:
-            for name in ("ckpt.pt", "ckpt.prev.pt", "detector.pt", *(f"{kind}{split}.json" for split in ("", "_val")
-                                                                     for kind in ("detections", "results"))):
-                (args.out / name).unlink(missing_ok=True)
+            checkpoint.remove(args.out, "detector.pt", *(f"{kind}{split}.json" for split in ("", "_val")
+                                                         for kind in ("detections", "results")))
         log = open_log(args.out, head_line, first or None)
 
     # train
@@ -630,8 +626,9 @@ def main():
         log_now = done % args.log_every == 0 or done == args.iterations
         number = stop.asked() if log_now or ddp.world() == 1 else 0
         if ddp.rank() == 0 and (number or done % args.save_every == 0 or done == args.iterations):
-            save({"iteration": done, "model": detector.state_dict(), "optimizer": optimizer.state_dict(),
-                  "settings": settings}, args.out / "ckpt.pt", before=args.out / "ckpt.prev.pt")
+            checkpoint.save_checkpoint({
+                "iteration": done, "model": detector.state_dict(), "optimizer": optimizer.state_dict(),
+                "settings": settings}, args.out)
         if number:
             stop.leave(number, args.out)
         bar.update()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import det_data
 import make_lt
 import resnet
@@ -482,13 +483,13 @@ def test_runs_end_to_end(script, small, tmp_path, capsys, dataset, arch):
 def test_resumed_run_equals_the_straight_one(script, small, tmp_path, monkeypatch, capsys):
     args = ("--pretrained", "none", "--save-every", 2, "--accumulate", 2)
     tiny_run(script, *args, "--out", tmp_path / "straight")
-    save = transfer_det.save
+    save = checkpoint.save_checkpoint
 
     def save_and_die(*args, **more):
         save(*args, **more)
         raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(SystemExit, match="interrupted"):
-        m.setattr(transfer_det, "save", save_and_die)
+        m.setattr(checkpoint, "save_checkpoint", save_and_die)
         tiny_run(script, *args, "--out", tmp_path / "run")
     assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["iteration"] == 2
     tiny_run(script, *args, "--out", tmp_path / "run")

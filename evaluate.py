@@ -227,7 +227,7 @@ def main():
     p.add_argument("--val", help="validation list for --tau-norm")
     p.add_argument("--batch", type=int, default=256)
     p.add_argument("--workers", type=int, default=2)
-    p.add_argument("--pictures", type=Path, default=Path("runs"), help="folder of the two pictures")
+    p.add_argument("--pictures", type=Path, default=Path("runs"), help="their folder; `none`: no pictures")
     args = p.parse_intermixed_args()  # flags may stand between the heads
     if min(args.sigma, args.batch) <= 0 or args.workers < 0:
         raise InputError("--sigma and --batch must be above 0, --workers 0 or more")
@@ -292,7 +292,8 @@ def main():
         extracted = {key: kept for key, kept in extracted.items() if key[:2] in waiting}
     if ddp.rank() == 0:
         print_table(rows)
-        draw(rows, args.pictures)
+        if str(args.pictures) != "none":
+            draw(rows, args.pictures)
 
 
 if __name__ == "__main__":

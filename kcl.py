@@ -14,19 +14,21 @@ import math
 import torch
 
 
-def choose_positives(labels, queue_labels, num_positives=6):
+def choose_positives(labels, queue_labels, num_positives=6, first_k=False):
     """Which queue slots serve as positives of which query (V+_{i,k} of eq. 4).
 
     labels (B,) int and queue_labels (K,) int; a label below 0 matches nothing (an empty slot, an unlabelled query).
     num_positives: k slots of the query's class at random, without replacement, every such slot equally likely; all of
-    them where the class has fewer than k; None takes all always.
+    them where the class has fewer than k; None takes all always. first_k: the k lowest slots in place of random ones.
     Returns a bool mask (B, K).
     """
     same = (labels[:, None] == queue_labels) & (queue_labels >= 0)        # (B, K)
     if num_positives is None:
         return same
-    lottery = torch.rand(same.shape, device=same.device).masked_fill_(~same, -1)
-    winners = lottery.topk(min(num_positives, same.shape[1]), dim=1).indices  # (B, min(k, K))
+    K = same.shape[1]
+    lottery = torch.arange(K, 0, -1.0, device=same.device) if first_k else torch.rand(same.shape, device=same.device)
+    lottery = lottery.expand_as(same).masked_fill(~same, -1)
+    winners = lottery.topk(min(num_positives, K), dim=1).indices  # (B, min(k, K))
     return torch.zeros_like(same).scatter_(1, winners, True) & same
 
 
@@ -42,7 +44,7 @@ def check(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_d
 
 
 def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.07,
-             fixed_divisor=False, drop_unused=False):
+             fixed_divisor=False, drop_unused=False, first_k=False):
     """The k-positive contrastive loss, eq. 4: the mean over queries i of
     1/(1+k) * sum over positives j of -log softmax_j([q.k, q.queue^T] / T); positives = own other view + k drawn keys.
 
@@ -56,12 +58,13 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
     fixed_divisor         divide by k + 1 to the letter of eq. 4, also where a class has fewer than k keys in the queue.
                           Default: divide by 1 + the number found, so that tail classes are not weighted down
     drop_unused           leave same-class keys that were not drawn out of the denominator. Default: they stay (eq. 4)
+    first_k               the k lowest slots of the class in place of random ones, what topk makes of a 0/1 mask
 
     Returns a scalar, in fp32 also under autocast and for half inputs (float64 stays float64); finite for any queue,
     with K = 0 or no positive in it too. Raises ValueError on shapes or settings that do not fit.
     """
     check(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor)
-    positive = choose_positives(labels, queue_labels, num_positives)      # (B, K)
+    positive = choose_positives(labels, queue_labels, num_positives, first_k)   # (B, K)
     own = positive.new_ones(len(q), 1)                                    # slot 0, the own other view, always counts
     with torch.autocast(q.device.type, enabled=False):                    # exp(1/0.07) = 1.6e6 overflows fp16
         q, k, queue = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k.detach(), queue.detach()))
@@ -78,13 +81,13 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
 
 # ---- the same at the cost of its two matmuls, q @ queue^T and softmax @ queue: for large B and K
 
-def choose_slots(labels, queue_labels, num_positives=6):
+def choose_slots(labels, queue_labels, num_positives=6, first_k=False):
     """What choose_positives does, without a (B, K) mask: slots (B, k) int64 and taken (B, k) bool, k = num_positives.
 
     Sorted by label, a class is a range of n slots, of which each query draws k places after Floyd ("A sample of
     brilliance", CACM 1987): the j-th is uniform in the first n - k + j + 1, or the last of these if that one is taken.
     """
-    by_label, order = queue_labels.sort()                                 # (K,)
+    by_label, order = queue_labels.sort(stable=first_k)                   # (K,)
     first = torch.searchsorted(by_label, labels)                          # (B,)
     n = ((torch.searchsorted(by_label, labels, right=True) - first) * (labels >= 0))[:, None]   # (B, 1)
     step = torch.arange(num_positives, device=labels.device)
@@ -93,6 +96,8 @@ def choose_slots(labels, queue_labels, num_positives=6):
     for j in range(1, num_positives):
         repeated = (place[:, :j] == place[:, j:j + 1]).any(1)
         place[:, j] = last[:, j].where(repeated, place[:, j])
+    if first_k:
+        place = step
     place = place.where(n > num_positives, step)                          # all of a class that has no more than k
     return order[(first[:, None] + place).clamp(max=len(order) - 1)], step < n
 
@@ -140,7 +145,7 @@ class FusedKCL(torch.autograd.Function):
 
 
 def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.07,
-                  fixed_divisor=False, drop_unused=False, chunk=None):
+                  fixed_divisor=False, drop_unused=False, first_k=False, chunk=None):
     """kcl_loss with the same arguments, result and errors, but other draws of the positives: its memory beyond the
     inputs is a few (B, chunk) and (B, d) tensors, its time that of two matmuls. Rows must be unit vectors, or exp
     overflows. chunk: keys at a time; by default 1024, which a CPU's cache holds for B = 256, and 4096 on a GPU, where
@@ -151,7 +156,8 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
     """
     check(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor)
     if temperature < 0.03 or not len(queue):
-        return kcl_loss(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor, drop_unused)
+        return kcl_loss(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor, drop_unused,
+                        first_k)
     chunk = chunk or (4096 if q.is_cuda else 1024)
     labels, queue_labels = labels.contiguous(), queue_labels.contiguous()  # or searchsorted copies, and warns
     with torch.autocast(q.device.type, enabled=False):
@@ -160,7 +166,7 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
         if num_positives is None:
             positive_sum, found = class_sums(labels, queue, queue_labels)
         else:
-            slots, taken = choose_slots(labels, queue_labels, num_positives)
+            slots, taken = choose_slots(labels, queue_labels, num_positives, first_k)
             positive_sum, found = (queue[slots] * taken[:, :, None]).sum(1), taken.sum(1)
 
         def forbidden(begin, end):

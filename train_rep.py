@@ -72,6 +72,7 @@ def parse_args():
     p.add_argument("--temperature", type=float, default=0.07, help="T of the contrastive softmax")
     p.add_argument("--fixed-divisor", action="store_true", help="KCL: divide by k + 1 also where fewer are found")
     p.add_argument("--drop-unused", action="store_true", help="KCL: keys of the class not drawn leave the denominator")
+    p.add_argument("--first-k", action="store_true", help="KCL: the k lowest slots of the class, not random ones")
     p.add_argument("--queue", type=int, help="K, keys in the queue: 65536, CIFAR 4096, digits 512")
     p.add_argument("--m", type=float, help="momentum of the key encoder: 0.999; CIFAR, digits 0.99")
     p.add_argument("--dim", type=int, default=128, help="d, size of the embedding")
@@ -161,8 +162,8 @@ def parse_args():
         raise InputError(f"--init {args.init}: no such file; expected a backbone.pt, which train_rep.py writes")
     if args.loss == "tsc" and importlib.util.find_spec("scipy") is None:
         raise InputError("--loss tsc assigns its targets with scipy: pip install scipy")
-    if (args.fixed_divisor or args.drop_unused) and args.loss != "kcl":
-        raise InputError("--fixed-divisor and --drop-unused go with --loss kcl")
+    if (args.fixed_divisor or args.drop_unused or args.first_k) and args.loss != "kcl":
+        raise InputError("--fixed-divisor, --drop-unused and --first-k go with --loss kcl")
     args.virtual_gpus = args.virtual_gpus or ddp.world()
     if args.virtual_gpus % ddp.world() or args.batch % args.virtual_gpus:
         raise InputError(f"--virtual-gpus {args.virtual_gpus} must be a multiple of the {ddp.world()} ranks and divide "
@@ -388,7 +389,7 @@ def main():
                                                       model.targets.of_classes(), args.num_positives, args.temperature)
                         else:
                             loss = fast_kcl_loss(q, k, model.queue, y, model.queue_labels, num_positives,
-                                                 args.temperature, args.fixed_divisor, args.drop_unused)
+                                                 args.temperature, args.fixed_divisor, args.drop_unused, args.first_k)
                     (loss / micro_batches).backward()
                 total += loss.detach() / micro_batches
             # all ranks share the gradient. The fused step leaves itself out where found_inf is 1, on the device, so

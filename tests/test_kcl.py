@@ -172,7 +172,7 @@ def test_fast_loss_is_the_plain_one(B, K, C, num_positives, fixed_divisor, drop_
     plain = kcl_loss(q, k, queue, y, queue_y, k_all, 0.07, fixed_divisor, drop_unused)
     expected = torch.autograd.grad(plain, q)[0]
     for chunk in (7, 1024):
-        fast = fast_kcl_loss(q, k, queue, y, queue_y, k_all, 0.07, fixed_divisor, drop_unused, chunk)
+        fast = fast_kcl_loss(q, k, queue, y, queue_y, k_all, 0.07, fixed_divisor, drop_unused, chunk=chunk)
         assert torch.allclose(fast, plain, atol=1e-10) and torch.allclose(torch.autograd.grad(fast, q)[0], expected, atol=1e-10)
 
 
@@ -190,7 +190,7 @@ def test_fast_loss_with_drawn_positives(monkeypatch, drop_unused):
                 mask[i, slots[i, j]] = True
     choose = kcl.choose_positives
     monkeypatch.setattr(kcl, "choose_slots", lambda *args: (slots, taken))
-    monkeypatch.setattr(kcl, "choose_positives", lambda y, queue_y, k: choose(y, queue_y, k) if k is None else mask)
+    monkeypatch.setattr(kcl, "choose_positives", lambda y, queue_y, k, *_: choose(y, queue_y, k) if k is None else mask)
     q.requires_grad_()
     losses = [f(q, k, queue, y, queue_y, 4, 0.07, False, drop_unused) for f in (kcl_loss, fast_kcl_loss)]
     grads = [torch.autograd.grad(loss, q)[0] for loss in losses]
@@ -211,6 +211,20 @@ def test_fast_choice_is_uniform_without_replacement_and_of_the_class():
         pairs[tuple(sorted(mine))] = pairs.get(tuple(sorted(mine)), 0) + 1
     assert torch.allclose(count[[1, 2, 5, 6, 8, 9]] / n, torch.full((6,), 0.5), atol=0.02) and count.sum() == 3 * n
     assert len(pairs) == 20 and all(abs(c / n - 1 / 20) < 0.008 for c in pairs.values())  # every subset of 3 of 6
+
+
+def test_first_k_takes_the_lowest_slots():
+    """Literally, in both forms of the loss, which then are one without chance."""
+    q, k, queue, y, queue_y = batch(B=9, K=300, classes=4)
+    expected = torch.zeros(9, 300, dtype=torch.bool)
+    for i in range(9):
+        expected[i, [j for j in range(300) if queue_y[j] == y[i]][:6]] = True
+    assert torch.equal(choose_positives(y, queue_y, 6, first_k=True), expected)
+    for drop_unused in (False, True):
+        literally = literal(q, k, queue, y, queue_y, expected, 0.07, drop_unused=drop_unused)
+        for loss in (kcl_loss, fast_kcl_loss):
+            value = loss(q, k, queue, y, queue_y, drop_unused=drop_unused, first_k=True)
+            assert value.item() == pytest.approx(literally, rel=1e-9)
 
 
 def test_fast_loss_in_fp32_stands_by_float64():

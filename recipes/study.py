@@ -55,6 +55,8 @@ def cells(lr):
              for loss in four]
     found += [("table2", f"ce-{sampler}", stage1("ce", f"--sampler {sampler}"), ["joint", "rep"])
               for sampler in ("class", "sqrt", "progressive")]
+    found += [("cost", f"{loss}-{epochs}", stage1(loss, epochs=epochs), ["joint", "tau", *both] if loss == "ce" else both)
+              for loss, epochs in (("ce", 2 * EPOCHS), ("kcl", 2 * EPOCHS), ("ce", 168))]
     found += [("fig2", f"{loss}-lt{alpha}", stage1(loss, f"--list train_lt{alpha}.txt"), ["rep"])
               for alpha in (0, 4, 8) for loss in four]
     found += [("fig5", f"kcl-k{k}", stage1("kcl", f"--num-positives {k}"), both) for k in (0, 1, 2, 4, 10, 20)]
@@ -67,8 +69,6 @@ def cells(lr):
                ["source", "target", "full"]) for half in ("overlap", "independent") for loss in four[:3]]
     found += [("ablations", f"kcl-{flag}", stage1("kcl", f"--{flag}"), both)
               for flag in ("fixed-divisor", "drop-unused", "first-k", "no-fill")]
-    found += [("cost", f"{loss}-{epochs}", stage1(loss, epochs=epochs), ["joint", *both] if loss == "ce" else both)
-              for loss, epochs in (("ce", 2 * EPOCHS), ("kcl", 2 * EPOCHS), ("ce", 168))]
     found += [("fig2", f"{loss}-lt{alpha}", stage1(loss, f"--list train_lt{alpha}.txt"), ["rep"])
               for alpha in (2, 6) for loss in four]
     found += [("others", name, stage1(loss, flags, like=like), ["joint"] if like == "ce" else ["lt"])

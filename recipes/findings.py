@@ -233,13 +233,15 @@ def ablations(s):
                        ("queue not filled at the start (`--no-fill`)", "kcl-no-fill")):
         against = [signed(minus(s.get(cell, c), s.get("kcl", c))) if cell != "kcl" else "" for c in ("lt", "rep")]
         rows.append(f"| {name} | {len(s.get(cell, 'lt'))} | {s.show(cell, 'lt')} | {against[0]} | "
-                    f"{s.show(cell, 'lt', 'few')} | {s.show(cell, 'rep')} | {against[1]} | {s.show(cell, 'rep', 'balancedness')} |")
+                    f"{s.show(cell, 'lt', 'few')} | {s.show(cell, 'rep')} | {against[1]} | "
+                    f"{s.show(cell, 'rep', 'balancedness')} |")
     return table("| | n | top-1 | against KCL | few | top-1, balanced set | against KCL | beta, balanced set |", rows)
 
 
 def cost(s):
     rows = [f"| {name} | {epochs} | {len(s.get(cell, 'lt'))} | {s.show(cell, 'lt', 'seconds')} | "
-            f"{s.show(cell, 'lt')} | {s.show(cell, 'lt', 'few')} | {s.show(cell, 'rep')} | {s.show(cell, 'rep', 'balancedness')} |"
+            f"{s.show(cell, 'lt')} | {s.show(cell, 'lt', 'few')} | {s.show(cell, 'rep')} | "
+            f"{s.show(cell, 'rep', 'balancedness')} |"
             for name, cell, epochs in (("CE, cRT", "ce", 60), ("CE, cRT", "ce-120", 120), ("CE, cRT", "ce-168", 168),
                                        ("KCL", "kcl", 60), ("KCL", "kcl-120", 120))]
     return table("| | epochs | n | CPU s | top-1 | few | top-1, balanced set | beta, balanced set |", rows)

@@ -55,7 +55,8 @@ def cells(lr):
              for loss in four]
     found += [("table2", f"ce-{sampler}", stage1("ce", f"--sampler {sampler}"), ["joint", "rep"])
               for sampler in ("class", "sqrt", "progressive")]
-    found += [("cost", f"{loss}-{epochs}", stage1(loss, epochs=epochs), ["joint", "tau", *both] if loss == "ce" else both)
+    found += [("cost", f"{loss}-{epochs}", stage1(loss, epochs=epochs),
+               ["joint", "tau", *both] if loss == "ce" else both)
               for loss, epochs in (("ce", 2 * EPOCHS), ("kcl", 2 * EPOCHS), ("ce", 168))]
     found += [("fig2", f"{loss}-lt{alpha}", stage1(loss, f"--list train_lt{alpha}.txt"), ["rep"])
               for alpha in (0, 4, 8) for loss in four]

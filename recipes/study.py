@@ -11,9 +11,9 @@ order of the classes, weights and draws. A line holds the commands that made it,
 (Python's start apart) and what evaluate.py found.
 
 Chosen on val before all else, on two seeds that are used for nothing else: the learning rate of CE, CL, KCL and FCL,
-four trials of 60 epochs each, by the top-1 of the class-balanced classifier on the long tail. Variants take the rate of what they
-are a variant of; no trial was given to another setting. Stage 2 chooses among its eight rates, tau among 21, on each
-run's val list.
+four trials of 60 epochs each, by the top-1 of the class-balanced classifier on the long tail. Variants take the rate of
+what they are a variant of; no trial was given to another setting. Stage 2 chooses among its eight rates, tau among 21,
+on each run's val list.
 """
 import argparse
 import importlib
@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# of a long-tailed list of 864 images, 13 steps each; the paper gives contrastive losses 2.2 times CE's epochs, 200 to 90
+# of a long-tailed list of 864 images, 13 steps each; the paper gives contrastive losses 200 epochs, CE 90
 CE_EPOCHS, EPOCHS = 40, 80
 LRS, TUNE_SEEDS = (0.03, 0.1, 0.3, 1), (100, 101)
 
@@ -41,7 +41,8 @@ CLASSIFIERS = {
     "rep": ("--protocol rep --features cached", "linear-rep-cached/eval"),
     # of a representation of one half of the classes: on that half, on the other half, on all
     "source": ("--protocol rep --features cached", "linear-rep-cached/eval"),
-    "target": ("--protocol rep --features cached --list {half}_target/train_full.txt --out {out}/target", "target/eval"),
+    "target": ("--protocol rep --features cached --list {half}_target/train_full.txt --out {out}/target",
+               "target/eval"),
     "full": ("--protocol rep --features cached --list train_full.txt --out {out}/full", "full/eval"),
 }
 

@@ -4,7 +4,7 @@ a line a classifier to results/study.jsonl. recipes/findings.py makes tables and
 
     .venv/bin/python recipes/study.py                    # about 4 hours on 2 cores; stopped, it goes on where it was
     .venv/bin/python recipes/study.py --only fig5        # one finding, with the cells that it needs
-    .venv/bin/python recipes/study.py --smoke            # one epoch and one seed each, into runs/smoke, to see it work
+    .venv/bin/python recipes/study.py --smoke            # one epoch, one trial and one seed each, into runs/smoke, to see it work
 
 A cell is a representation (stage 1) with its classifiers (stage 2); with a seed it is a run, of its own digit images,
 order of the classes, weights and draws. A line holds the commands that made it, their CPU seconds on one thread
@@ -86,16 +86,16 @@ def cells(lr):
     return found
 
 
-def tuning():
+def tuning(lrs=LRS):
     return [("tune", f"tune-{loss}-lr{lr}", f"--loss {loss} --lr {lr} --epochs 60", ["lt"])
-            for lr in LRS for loss in ("ce", "cl", "kcl", "fcl")]
+            for lr in lrs for loss in ("ce", "cl", "kcl", "fcl")]
 
 
-def chosen(lines):
-    """{loss: learning rate}: of LRS the best mean val top-1 over TUNE_SEEDS, the smaller one where two are level."""
+def chosen(lines, lrs=LRS):
+    """{loss: learning rate}: of lrs the best mean val top-1 over TUNE_SEEDS, the smaller one where two are level."""
     def val(loss, lr):
         return sum(line["val_top1"] for line in lines if line["cell"] == f"tune-{loss}-lr{lr}")
-    return {loss: max(LRS, key=lambda lr: (val(loss, lr), -lr)) for loss in ("ce", "cl", "kcl", "fcl")}
+    return {loss: max(lrs, key=lambda lr: (val(loss, lr), -lr)) for loss in ("ce", "cl", "kcl", "fcl")}
 
 
 def as_command(command, log):
@@ -181,12 +181,12 @@ def main():
     p.add_argument("--only", nargs="+", help="cells, or findings: table2, fig2, fig3, fig5, table4, ablations, "
                    "cost, others")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--smoke", action="store_true", help="one epoch and one seed each, into runs/smoke")
+    p.add_argument("--smoke", action="store_true", help="one epoch, one trial and one seed each, into runs/smoke")
     args = p.parse_args()
     runs, short = ("runs/smoke/study", " --epochs 1") if args.smoke else ("runs/study", "")
     file = ROOT / ("runs/smoke/study.jsonl" if args.smoke else "results/study.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
-    seeds, tune_seeds = (args.seeds[:1], TUNE_SEEDS[:1]) if args.smoke else (args.seeds, TUNE_SEEDS)
+    seeds, tune_seeds, lrs = (args.seeds[:1], TUNE_SEEDS[:1], LRS[:1]) if args.smoke else (args.seeds, TUNE_SEEDS, LRS)
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: a fork copies no other thread
     sys.path.insert(0, str(ROOT))
@@ -204,12 +204,12 @@ def main():
         in_forks(args.jobs, [(measure, cell, seed, runs, short, file) for cell, seed in todo])
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    lr = chosen(work(tuning(), tune_seeds))
+    lr = chosen(work(tuning(lrs), tune_seeds), lrs)
     print("learning rates chosen on val: " + ", ".join(f"{loss} {rate:g}" for loss, rate in lr.items()), flush=True)
     wanted = [cell for cell in cells(lr) if {cell[0], cell[1]} & set(args.only or (cell[0],))]
     if not wanted:
         sys.exit(f"error: --only {' '.join(args.only)}: no such finding or cell")
-    work(wanted, args.seeds if not args.smoke else seeds)
+    work(wanted, seeds)
     print(f"{len(wanted)} cells x {len(seeds)} seeds are in {file}")
 
 

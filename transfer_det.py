@@ -397,7 +397,7 @@ def show(scenes, dataset, detections, n, out):
 
     from evaluate import OKABE_ITO
     names = {c["id"]: c["name"] for c in dataset["categories"]}
-    colours = OKABE_ITO[:6]  # the last two, black and yellow, are lost on dark images and under white letters
+    colours = OKABE_ITO[:6]  # the last two, black and grey, are lost on dark images and under white letters
     for image in scenes.images[:n]:
         pixels = scenes.load(image).permute(1, 2, 0).numpy()
         fig, axes = plt.subplots(1, 2, figsize=(10, 5 * image["height"] / image["width"] + 0.4), layout="constrained")

@@ -106,7 +106,7 @@ def test_every_command_of_the_readme(copy, script, monkeypatch):
     assert {"top1", "top5", "many", "medium", "few", "balancedness", "sigma", "std", "per_class", "protocol"} <= set(scored)
     assert scored["images"] == 1000 and scored["top1"] == pytest.approx(np.mean(scored["per_class"]))
     assert json.loads((copy / "runs/digits-lt-kcl-seed0/det-digits-fpn-seed0/results.json").read_text())["images"] == 2
-    for picture in ("accuracy_by_class.png", "balancedness.png"):
+    for picture in ("accuracy_by_class.png", "balancedness.png", "features.png"):
         with Image.open(copy / "runs" / picture) as image:
             assert image.size[0] > 500
 

@@ -271,10 +271,12 @@ def draw_features(plt, spaces, file):
         ax.set(title=textwrap.fill(s["name"], 28), xlim=(-lim, lim), ylim=(-lim, lim), xticks=(), yticks=(),
                xlabel=f"PC 1: {100 * s['share'][0]:.0f} % of variance", ylabel=f"PC 2: {100 * s['share'][1]:.0f} %",
                box_aspect=1)
+    title = f"classes by their images in {spaces[0]['counts_of']}"
+    title += " (first panel)" * any(sorted(s["counts"]) != sorted(spaces[0]["counts"]) for s in spaces)
     place = dict(loc="center") if odd else dict(loc="outside lower center", ncols=4)
     legend = (axes[-1, 1] if odd else fig).legend(
         *axes[0, 0].get_legend_handles_labels(), **place, fontsize=10, markerscale=1.5, alignment="left",
-        title=textwrap.fill(f"classes by their images in {spaces[0]['counts_of']}", 26 if odd else 60))
+        title=textwrap.fill(title, 26 if odd else 60))
     for handle in legend.legend_handles:
         handle.set_alpha(1)
     if odd:

@@ -183,7 +183,7 @@ def test_pictures(tmp_path, monkeypatch):
              "counts": sizes, "counts_of": "train_lt.txt", "per_class": [0.5, 0.9, 0.1 * i]} for loss in ("ce", "kcl") for i in range(2)]
     evaluate.draw(rows, spaces, tmp_path)
     make_lt.draw_sizes(tmp_path, {"full": [50] * 3, "lt": [3, 50, 9]})
-    by_class, bars, space, class_sizes = figures
+    by_class, bars, space, class_sizes = figures[:4]
     assert [line.get_ydata().tolist() for line in by_class.axes[0].lines] == [[90, 50, 5]] * 2
     assert [label.get_text() for label in by_class.axes[0].get_xticklabels()] == ["1200", "20", "3"]
     assert all(max(map(len, t.get_text().split("\n"))) <= 64 for t in by_class.legends[0].get_texts())
@@ -196,6 +196,9 @@ def test_pictures(tmp_path, monkeypatch):
             assert np.array_equal(drawn.get_paths()[0].vertices, path.vertices)
             assert mean.get_text() == f"{sizes[c]:,}" and np.allclose(mean.get_position(), points[y == c].mean(0))
     assert [t.get_text() for t in space.axes[3].get_legend().get_texts()] == ["1,200 many", "20 medium", "3 few"]
+    assert space.axes[3].get_legend().get_title().get_text() == "classes by their images in\ntrain_lt.txt"
+    evaluate.draw_features(plt, [spaces[0], {**spaces[1], "counts": [7, 8, 9]}], tmp_path / "two.png")
+    assert "(first panel)" in figures[4].legends[0].get_title().get_text()
     assert [line.get_ydata().tolist() for line in class_sizes.axes[0].lines] == [[50, 50, 50], [50, 9, 3]]
     for name in ("accuracy_by_class", "balancedness", "features", "class_sizes"):
         image = np.array(Image.open(tmp_path / f"{name}.png").convert("RGBA"))

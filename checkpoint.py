@@ -88,9 +88,22 @@ def load(out, settings, free, override, device):
     return ckpt
 
 
-def open_log(out, head_line, done=None):
-    """out/log.jsonl to write on: from head_line on, or, for a run that goes on after `done` steps, without the lines of
-    later ones, which it will do again."""
+def need_tensorboard():
+    """InputError where what --tensorboard writes with is missing: to be asked before any long work."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(f"--tensorboard needs the package tensorboard ({error}): pip install tensorboard") from None
+    return SummaryWriter
+
+
+def open_log(out, head_line, done=None, tensorboard=False):
+    """log(line), which adds the dictionary `line` to out/log.jsonl: from head_line on, or, for a run that goes on after
+    `done` steps, without the lines of later ones, which it will do again.
+
+    tensorboard: also to one event file in out/tensorboard, every number at the line's step, that of a list as name/0,
+    name/1, ... It is written anew from the lines that are kept, so that it holds what log.jsonl holds, each step once.
+    """
     lines = [json.dumps(head_line) + "\n"]
     if done is not None and (out / "log.jsonl").exists():
         first, *lines = open(out / "log.jsonl")
@@ -98,7 +111,29 @@ def open_log(out, head_line, done=None):
         lines = [first, *(line for line in whole if json.loads(line)["step"] <= done)]
     (out / "log.tmp").write_text("".join(lines))
     os.replace(out / "log.tmp", out / "log.jsonl")
-    return open(out / "log.jsonl", "a", buffering=1)
+    file = open(out / "log.jsonl", "a", buffering=1)
+    if tensorboard or done is None:
+        for events in (out / "tensorboard").glob("events.out.tfevents.*"):
+            events.unlink()
+    if not tensorboard:
+        return lambda line: file.write(json.dumps(line) + "\n")
+
+    writer = need_tensorboard()(out / "tensorboard")
+
+    def add(line):
+        for name, x in line.items():
+            numbers = {f"{name}/{i}": v for i, v in enumerate(x)} if isinstance(x, list) else {name: x}
+            for name, v in numbers.items():
+                if "step" in line and name != "step":  # the choice that ends a classifier's log has no step
+                    writer.add_scalar(name, v, line["step"])
+
+    def log(line):
+        file.write(json.dumps(line) + "\n")
+        add(line)
+        writer.flush()  # a run may be killed before its next line
+    for line in lines[1:]:
+        add(json.loads(line))
+    return log
 
 
 class Stop:

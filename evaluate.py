@@ -7,13 +7,15 @@ Stage 3: accuracy (all, many / medium / few) and balancedness of one or several 
     torchrun --nproc_per_node=8 evaluate.py runs/imagenet-...-kcl-seed0-8ranks/linear-lt/head.pt
 
 Prints one table in percent, writes eval.json beside each head (accuracies as fractions in [0, 1]; null = empty group),
-and to --pictures accuracy_by_class.png and balancedness.png. Runs that differ only in their seed get a mean +- std row.
+and to --pictures accuracy_by_class.png, balancedness.png and features.png, each backbone's feature space (Fig. 1). Runs
+that differ only in their seed get a mean +- std row.
 """
 import argparse
 import itertools
 import json
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,29 @@ def class_means(features, labels, C):
     total = torch.zeros(C, features.shape[1], device=features.device).index_add_(0, labels, unit)
     dist.all_reduce(total)
     return torch.nn.functional.normalize(total)
+
+
+def pca(x):
+    """Rows x (n, D) on their first two principal components, (n, 2), and each one's share of the variance, (2,)."""
+    x = x - x.mean(0)
+    variance, V = np.linalg.eigh(x.T @ x)                                 # ascending
+    return x @ V[:, :-3:-1], variance[:-3:-1] / max(variance.sum(), 1e-30)
+
+
+def feature_space(features, labels, class_sizes, most=2000):
+    """What features.png shows of the features (n, D) and labels (n,) of all ranks: the points (m, 2), unit features on
+    principal components, which know no labels; each component's share (2,) of the variance; the points' labels (m,);
+    the classes shown, largest first: of more than ten the five largest and the five smallest.
+    m is about most at most, no class has more than its part of them."""
+    shown = np.argsort(class_sizes, kind="stable")[::-1]
+    shown = shown if len(shown) <= 10 else np.concatenate([shown[:5], shown[-5:]])
+    each = -(-most // (len(shown) * ddp.world()))
+    mine = torch.cat([(labels == int(c)).nonzero()[:each, 0] for c in shown])
+    unit = torch.nn.functional.normalize(features[mine]).double()
+    parts = [None] * ddp.world()
+    dist.all_gather_object(parts, (unit.cpu().numpy(), labels[mine].cpu().numpy()))
+    x, y = map(np.concatenate, zip(*parts))
+    return *pca(x), y, shown
 
 
 @torch.no_grad()
@@ -127,8 +152,8 @@ def percent(x):
     return "-" if x is None else f"{100 * x:.1f}"
 
 
-# colours that a colour-blind reader can tell apart (Okabe and Ito 2008)
-OKABE_ITO = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#000000", "#F0E442")
+# colours that a colour-blind reader can tell apart (Okabe and Ito 2008); a grey for their yellow, which white swallows
+OKABE_ITO = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#000000", "#808080")
 
 COLUMNS = ("top1", "top5", "many", "medium", "few", "balancedness", "std")
 
@@ -166,9 +191,9 @@ def print_table(rows):
           f"the class sizes of {', '.join(sorted({row['counts_of'] for row in rows}))}; +- std over seeds")
 
 
-def draw(rows, out):
-    """Two pictures: accuracy of each class against its size, and balancedness beside accuracy (Figs 2 and 4).
-    Runs that differ only in their seed are one mean, in the second picture with its standard deviation."""
+def draw(rows, spaces, out):
+    """Three pictures: accuracy of each class against its size, balancedness beside accuracy (Figs 2 and 4; runs that
+    differ only in their seed are one mean, in the second picture with its standard deviation), and feature spaces."""
     try:
         import matplotlib
     except ImportError:
@@ -176,42 +201,88 @@ def draw(rows, out):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=OKABE_ITO)
+    matplotlib.rcdefaults()  # not the reader's own style, which may be light on dark
+    # 6.4 in. wide with 11 pt is legible on a telephone; an opaque margin, so that a dark page does not reach the axes
+    plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "legend.frameon": False, "figure.facecolor": "white",
+                         "figure.dpi": 150, "savefig.bbox": "tight", "savefig.pad_inches": 0.15,
+                         "axes.prop_cycle": plt.cycler(color=OKABE_ITO)})
     out.mkdir(parents=True, exist_ok=True)
     runs, protocols, groups = zip(*over_seeds(rows))
     names = [f"{run}: {re.sub(', [a-z]+ sampling.*', '', protocol)}" for run, protocol in zip(runs, protocols)]
+    wrapped = [textwrap.fill(name, 64) for name in names]
+    lines = sum(name.count("\n") + 1 for name in wrapped)
 
-    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, group, marker in zip(names, groups, itertools.cycle("osD^vPX*")):
+    fig, ax = plt.subplots(figsize=(6.4, 4 + 0.23 * lines), layout="constrained")
+    styles = zip(itertools.cycle("osD^vPX*"), itertools.cycle(("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))))
+    for name, group, (marker, style) in zip(wrapped, groups, styles):
         order = [np.argsort(row["counts"], kind="stable")[::-1] for row in group]                  # largest class first
         acc = 100 * np.stack([np.array(row["per_class"])[o] for row, o in zip(group, order)])      # (seeds, C)
-        ax.plot(acc.mean(0), marker=marker if acc.shape[1] <= 100 else None, label=name)
+        ax.plot(acc.mean(0), marker=marker if acc.shape[1] <= 100 else None, linestyle=style, label=name)
     sizes = np.sort(rows[0]["counts"])[::-1]
     if all(sorted(row["counts"]) == sorted(sizes) for row in rows):
-        ticks = np.linspace(0, len(sizes) - 1, min(len(sizes), 20)).astype(int)
+        ticks = np.linspace(0, len(sizes) - 1, min(len(sizes), 10)).astype(int)
         ax.set_xticks(ticks, sizes[ticks])
-        ax.set_xlabel(f"classes by size: images in {rows[0]['counts_of']}")
+        ax.set_xlabel(f"images of the class in {rows[0]['counts_of']}")
     else:
         ax.set_xlabel("classes by size in the run's own training list, largest first")
     ax.set(ylabel="accuracy of the class, %", ylim=(0, 101))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize="small")
-    fig.savefig(out / "accuracy_by_class.png", dpi=150)
+    fig.legend(loc="outside lower left", fontsize=10)
+    fig.savefig(out / "accuracy_by_class.png")
     plt.close(fig)
 
-    fig, axes = plt.subplots(1, 2, figsize=(8, 1.2 + 0.45 * len(groups)), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(6.4, 0.7 + 0.35 * len(groups) + 0.21 * lines), layout="constrained")
+    heights = np.array([0.35 + 0.21 * (name.count("\n") + 1) for name in wrapped])  # in., bar and name
+    bottom = heights.cumsum()
     for ax, column, scale, title in ((axes[0], "balancedness", 1, f"balancedness (sigma = {rows[0]['sigma']:g})"),
-                                     (axes[1], "top1", 100, "top-1, %")):
+                                     (axes[1], "top1", 100, "top-1 accuracy, %")):
         value = [scale * np.mean([row[column] for row in group]) for group in groups]
         spread = [scale * np.std([row[column] for row in group], ddof=min(1, len(group) - 1)) for group in groups]
-        bars = ax.barh(range(len(groups)), value, xerr=spread, color=[f"C{i}" for i in range(len(groups))])
-        ax.bar_label(bars, fmt="%.3f" if scale == 1 else "%.1f", padding=3, fontsize="small")
-        ax.set(title=title, xlim=(0, 1.35 * max(value)))
-        ax.set_yticks(range(len(groups)), names if ax is axes[0] else [""] * len(groups))
-        ax.invert_yaxis()
-    fig.savefig(out / "balancedness.png", dpi=150)
+        bars = ax.barh(bottom - 0.16, value, 0.22, xerr=spread, color=[f"C{i}" for i in range(len(groups))])
+        ax.bar_label(bars, fmt="%.3f" if scale == 1 else "%.1f", padding=3, fontsize=10)
+        ax.set(title=title, xlim=(0, 1.35 * max(value)), ylim=(bottom[-1] + 0.05, 0), yticks=())
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    for name, y in zip(wrapped, bottom):
+        axes[0].text(0, y - 0.29, name, fontsize=10, va="bottom").set_in_layout(False)  # it goes on over the second
+    axes[1].set_zorder(-1)
+    fig.savefig(out / "balancedness.png")
     plt.close(fig)
-    print(f"pictures: {out / 'accuracy_by_class.png'}, {out / 'balancedness.png'}")
+
+    draw_features(plt, spaces, out / "features.png")
+    print(f"pictures: {out / 'accuracy_by_class.png'}, {out / 'balancedness.png'}, {out / 'features.png'}")
+
+
+def draw_features(plt, spaces, file):
+    """A panel for each {name, counts, counts_of, points, share, labels, shown} of spaces, each on its own scale; the
+    class sizes stand at the means of the classes' points."""
+    from matplotlib import patheffects
+    halo = [patheffects.withStroke(linewidth=3, foreground="white")]
+    rows, odd = -(-len(spaces) // 2), len(spaces) % 2
+    fig, axes = plt.subplots(rows, 2, figsize=(6.4, 3.5 * rows + 1.1 * (not odd)), layout="constrained", squeeze=False)
+    for ax, s in zip(axes.flat, spaces):
+        group = data.groups(s["counts"])
+        for i, c in enumerate(s["shown"]):
+            xy, size, color = s["points"][s["labels"] == c], f"{s['counts'][c]:,}", plt.cm.plasma(0.08 * i)  # to orange
+            ax.scatter(*xy.T, s=16, alpha=0.5, linewidth=0, marker={"many": "o", "medium": "s", "few": "^"}[group[c]],
+                       color=color, label=f"{size} {group[c]}")
+            ax.text(*xy.mean(0), size, color=color, ha="center", va="center", fontsize=10, weight="bold",
+                    path_effects=halo, zorder=3)
+        lim = 1.08 * max(abs(s["points"]).max(), 1e-6)
+        ax.set(title=textwrap.fill(s["name"], 28), xlim=(-lim, lim), ylim=(-lim, lim), xticks=(), yticks=(),
+               xlabel=f"PC 1: {100 * s['share'][0]:.0f} % of variance", ylabel=f"PC 2: {100 * s['share'][1]:.0f} %",
+               box_aspect=1)
+    title = f"classes by their images in {spaces[0]['counts_of']}"
+    title += " (first panel)" * any(sorted(s["counts"]) != sorted(spaces[0]["counts"]) for s in spaces)
+    place = dict(loc="center") if odd else dict(loc="outside lower center", ncols=4)
+    legend = (axes[-1, 1] if odd else fig).legend(
+        *axes[0, 0].get_legend_handles_labels(), **place, fontsize=10, markerscale=1.5, alignment="left",
+        title=textwrap.fill(title, 26 if odd else 60))
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+    if odd:
+        axes[-1, 1].axis("off")
+    fig.savefig(file)
+    plt.close(fig)
 
 
 def main():
@@ -264,7 +335,7 @@ def main():
             extracted[key] = extract(backbone, dataset, head, device, args.batch, args.workers)
         return extracted[key]
 
-    rows, with_ncm, extracted = [], set(), {}
+    rows, spaces, with_ncm, extracted = [], {}, set(), {}
     for i, (head, path, images) in enumerate(zip(heads, args.heads, tests)):
         W, b = head["weight"].to(device), head["bias"].to(device)
         features, labels = encoded(images[0], head, path)
@@ -280,6 +351,11 @@ def main():
             train = data.ImageList(head["data"], head["counts_of"], data.center(head["pixels"], head["resize"]))
             means = class_means(*encoded(train, head, path), len(W))
             results.append(("eval_ncm.json", f"NCM on {head['counts_of']}", "", features @ means.T))
+        if str(args.pictures) != "none" and head["backbone_sha256"] not in spaces:
+            points, share, y, shown = feature_space(features, labels, head["counts"])
+            spaces[head["backbone_sha256"]] = dict(
+                name=head["name"], counts=head["counts"], counts_of=head["counts_of"], points=points, share=share,
+                labels=y, shown=shown)
         for file, protocol, chosen, logits in results:
             row = {"run": head["name"], "protocol": protocol, "chosen": chosen,
                    **scores(hits(logits, labels), head["counts"], args.sigma), "list": images[0].name,
@@ -293,7 +369,7 @@ def main():
     if ddp.rank() == 0:
         print_table(rows)
         if str(args.pictures) != "none":
-            draw(rows, args.pictures)
+            draw(rows, list(spaces.values()), args.pictures)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Writes head.pt and log.jsonl to <folder of the backbone>/<classifier>-<protocol>
 """
 import argparse
 import itertools
-import json
 import math
 import os
 import sys
@@ -33,7 +32,7 @@ import checkpoint
 import data
 import ddp
 from baselines import CONTRASTIVE
-from checkpoint import Stop, open_log, read_head, save, settings_of
+from checkpoint import Stop, need_tensorboard, open_log, read_head, save, settings_of
 from ddp import InputError
 from resnet import ARCHS, load_backbone
 
@@ -79,12 +78,15 @@ def parse_args():
                    "photographs after losses on logits, or unknown ones, 5e-4")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--tensorboard", action="store_true", help="the log also as scalars, in OUT/tensorboard")
     p.add_argument("--restart", action="store_true", help="throw away what an interrupted run left in --out; else it "
                    "goes on from there")
     p.add_argument("--override", action="store_true", help="go on with other settings than it began with")
     p.add_argument("--out", help="default: <folder of the backbone>/<classifier>-<protocol>[-cached]")
     args = p.parse_args()
 
+    if args.tensorboard:
+        need_tensorboard()
     if not Path(args.backbone).is_file():
         raise InputError(f"{args.backbone}: no such file; expected a backbone.pt, which train_rep.py writes")
     run = settings_of(args.backbone)
@@ -271,7 +273,7 @@ def main():
     settings |= {"list_sha256": data.sha256(data.find_list(args.data, args.list)),
                  "backbone_sha256": data.sha256(args.backbone)}
     ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in settings.items()))
-    free = {"out", "workers", "restart", "override"}
+    free = {"out", "workers", "restart", "override", "tensorboard"}
     if not args.restart and (ckpt := checkpoint.load(args.out, settings, free, args.override, device)):
         with checkpoint.fitting(args.out):
             heads.load_state_dict(ckpt["heads"])
@@ -288,7 +290,7 @@ def main():
         if not done:
             checkpoint.remove(args.out, "head.pt", "eval.json")  # of an earlier classifier
         log = open_log(args.out, {"command": " ".join(["train_linear.py", *sys.argv[1:]]), "settings": settings,
-                                  "world": ddp.world(), "torch": torch.__version__}, done or None)
+                                  "world": ddp.world(), "torch": torch.__version__}, done or None, args.tensorboard)
 
     def save_checkpoint(epoch, step):
         """After so many whole epochs and steps of the next one."""
@@ -319,11 +321,10 @@ def main():
                 stop.leave(number, args.out)
         torch.distributed.all_reduce(total)
         if ddp.rank() == 0:
-            log.write(json.dumps({"epoch": epoch, "step": (epoch + 1) * steps,
-                                  "lr": [g["lr"] for g in optimizer.param_groups],
-                                  "weight_decay": [g["weight_decay"] for g in optimizer.param_groups],
-                                  "loss": (total / steps / ddp.world()).tolist(),
-                                  "images_per_s": (steps - since_step) * args.batch / (time.time() - since)}) + "\n")
+            log({"epoch": epoch, "step": (epoch + 1) * steps, "lr": [g["lr"] for g in optimizer.param_groups],
+                 "weight_decay": [g["weight_decay"] for g in optimizer.param_groups],
+                 "loss": (total / steps / ddp.world()).tolist(),
+                 "images_per_s": (steps - since_step) * args.batch / (time.time() - since)})
         first_step, total = 0, torch.zeros_like(total)
         save_checkpoint(epoch + 1, 0)
         if number := stop.asked():
@@ -369,7 +370,7 @@ def main():
                 **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}
         save(head, args.out / "head.pt")
         checkpoint.remove(args.out)  # the classifier is there; the same command trains it anew
-        log.write(json.dumps({"lr": lr, "weight_decay": weight_decay, "val_top1": val_top1}) + "\n")
+        log({"lr": lr, "weight_decay": weight_decay, "val_top1": val_top1})
         print(f"classifier in {args.out / 'head.pt'} ({head['protocol']}, {head['chosen']})")
 
 

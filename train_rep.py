@@ -7,15 +7,14 @@ Stage 1: train a representation with KCL, or with what it is compared with: CE, 
 
 Writes to --out: backbone.pt (a plain state_dict in torchvision's names, no fc), for losses on logits (CE, Focal, LDAM,
 BBN) also head.pt, which evaluate.py reads, ckpt.pt (everything to resume: the same command goes on where it stopped)
-and log.jsonl (first line: command, settings, versions; then a line every --log-every steps). What comes next:
-train_linear.py.
+and log.jsonl (first line: command, settings, versions; then a line every --log-every steps; --tensorboard draws it).
+What comes next: train_linear.py.
 """
 import argparse
 import collections
 import contextlib
 import importlib.util
 import itertools
-import json
 import math
 import os
 import subprocess
@@ -36,7 +35,7 @@ import data
 import ddp
 import make_lt
 from baselines import CONTRASTIVE, SUPERVISED
-from checkpoint import Stop, open_log, save
+from checkpoint import Stop, need_tensorboard, open_log, save
 from ddp import InputError
 from kcl import fast_kcl_loss
 from moco import MoCo, keep_statistics, with_head
@@ -115,6 +114,7 @@ def parse_args():
     p.add_argument("--out", help="default: runs/<folder of --data>-<list>-<loss>[-drw][-init][-<sampler>]-seed<n>"
                    "[-<n>ranks]")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; only then is the loss read")
+    p.add_argument("--tensorboard", action="store_true", help="the log also as scalars, in OUT/tensorboard")
     p.add_argument("--save-every", type=int, help="epochs between checkpoints: 1; CIFAR, digits 5")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds; else it goes on from there")
     p.add_argument("--override", action="store_true", help="go on with other settings than the run in --out began with")
@@ -122,6 +122,8 @@ def parse_args():
                    "is not finite, in place of stopping at the first")
     args = p.parse_args()
 
+    if args.tensorboard:
+        need_tensorboard()
     if args.dataset is None:  # make_lt.py knows
         made = Path(args.data or "") / "splits.json"
         args.dataset = "digits" if args.data is None else "imagenet"
@@ -288,7 +290,7 @@ def main():
     head_line["settings"]["skipped_sha256"] = None if none_skipped else data.sha256(skipped)
     ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in head_line["settings"].items()))
     free = {"out", "val", "workers", "check", "log_every", "save_every", "restart", "override", "skip_nonfinite",
-            "compile", "skip_broken", "cache",
+            "compile", "skip_broken", "cache", "tensorboard",
             "world"}  # whatever the ranks, the parts of a batch are those of virtual_gpus
     ckpt = None if args.restart else checkpoint.load(args.out, head_line["settings"], free, args.override, device)
     if ckpt:
@@ -316,7 +318,7 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
         if not ckpt:
             checkpoint.remove(args.out, "backbone.pt", "head.pt")
-        log = open_log(args.out, head_line, first_epoch * steps + first_step if ckpt else None)
+        log = open_log(args.out, head_line, first_epoch * steps + first_step if ckpt else None, args.tensorboard)
 
     def save_checkpoint(epoch, step):
         """After so many whole epochs and steps of the next one."""
@@ -437,7 +439,7 @@ def main():
                                    f"{line['feature_std']:.2g}): the representation has collapsed; try a smaller --lr")
                         collapsed = True
                 if ddp.rank() == 0:
-                    log.write(json.dumps(line) + "\n")
+                    log(line)
                     bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
                 total, since, since_step, waited = torch.zeros_like(total), time.time(), step, 0.0
             bar.update()

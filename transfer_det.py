@@ -45,7 +45,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import ddp
-from checkpoint import Stop, open_log, save, settings_of
+from checkpoint import Stop, need_tensorboard, open_log, save, settings_of
 from ddp import InputError
 from det_data import Scenes, coco_mask, read_datasets, to_input, to_mask, to_rle, train_loader
 from reading import read_json
@@ -397,7 +397,7 @@ def show(scenes, dataset, detections, n, out):
 
     from evaluate import OKABE_ITO
     names = {c["id"]: c["name"] for c in dataset["categories"]}
-    colours = OKABE_ITO[:6]  # the last two, black and yellow, are lost on dark images and under white letters
+    colours = OKABE_ITO[:6]  # the last two, black and grey, are lost on dark images and under white letters
     for image in scenes.images[:n]:
         pixels = scenes.load(image).permute(1, 2, 0).numpy()
         fig, axes = plt.subplots(1, 2, figsize=(10, 5 * image["height"] / image["width"] + 0.4), layout="constrained")
@@ -455,6 +455,7 @@ def parse_args():
     p.add_argument("--out", help="default: <folder of --pretrained, or runs/random>/det-<dataset>-<arch>-seed<n>"
                                  "[-<n>ranks]")
     p.add_argument("--log-every", type=int, default=20, help="iterations between log lines")
+    p.add_argument("--tensorboard", action="store_true", help="the log also as scalars, in OUT/tensorboard")
     p.add_argument("--save-every", type=int, help="iterations between checkpoints: 1000, digits 50")
     p.add_argument("--show", type=int, default=0, help="pictures of so many images; also of a finished run")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds; else it goes on from there")
@@ -463,6 +464,8 @@ def parse_args():
     args = p.parse_args()
     if args.table:
         return args
+    if args.tensorboard:
+        need_tensorboard()
 
     digits = args.dataset == "digits"
     if not digits and not args.data:
@@ -571,7 +574,7 @@ def main():
                  "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     ddp.print0("settings: " + ", ".join(f"{name}={v}" for name, v in settings.items()))
     first = 0
-    free = {"out", "split", "workers", "log_every", "save_every", "show", "restart", "override", "table"}
+    free = {"out", "split", "workers", "log_every", "save_every", "show", "restart", "override", "table", "tensorboard"}
     if not args.restart and (ckpt := checkpoint.load(args.out, settings, free, args.override, device)):
         with checkpoint.fitting(args.out):
             detector.load_state_dict(ckpt["model"])
@@ -586,7 +589,7 @@ def main():
         if not first:
             checkpoint.remove(args.out, "detector.pt", *(f"{kind}{split}.json" for split in ("", "_val")
                                                          for kind in ("detections", "results")))
-        log = open_log(args.out, head_line, first or None)
+        log = open_log(args.out, head_line, first or None, args.tensorboard)
 
     # train
     loader = train_loader(train_set, args.batch, args.accumulate, args.seed, spec["mirror"], args.workers, first)
@@ -620,7 +623,7 @@ def main():
                 raise InputError(f"the loss is {line['loss']} at iteration {done} with learning rate {line['lr']:.3g}; "
                                  f"{args.out} keeps its last checkpoint; try a smaller --lr")
             if ddp.rank() == 0:
-                log.write(json.dumps(line) + "\n")
+                log(line)
                 bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
             totals, n, since = {}, 0, time.time()
         log_now = done % args.log_every == 0 or done == args.iterations

@@ -19,11 +19,13 @@ from PIL import Image
 
 import baselines
 import checkpoint
+import data
 import evaluate
 import kcl
 import resnet
 import train_linear
 import train_rep
+import transfer_det
 from ddp import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +106,7 @@ def test_every_command_of_the_readme(copy, script, monkeypatch):
     assert {"top1", "top5", "many", "medium", "few", "balancedness", "sigma", "std", "per_class", "protocol"} <= set(scored)
     assert scored["images"] == 1000 and scored["top1"] == pytest.approx(np.mean(scored["per_class"]))
     assert json.loads((copy / "runs/digits-lt-kcl-seed0/det-digits-fpn-seed0/results.json").read_text())["images"] == 2
-    for picture in ("accuracy_by_class.png", "balancedness.png"):
+    for picture in ("accuracy_by_class.png", "balancedness.png", "features.png"):
         with Image.open(copy / "runs" / picture) as image:
             assert image.size[0] > 500
 
@@ -643,3 +645,56 @@ def test_the_shell_sees_one_sentence_and_a_failure(tmp_path):
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=ENV, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert expected in done.stderr
+
+
+def test_tensorboard_holds_the_log(script, digits, tmp_path, monkeypatch):
+    """Stopped in the middle, and begun without it: each number of each line once, also those from before; then stage 2,
+    with a list a line."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    def scalars(out):
+        (file,) = (out / "tensorboard").iterdir()
+        events = [e for e in EventFileLoader(str(file)).Load() if e.summary.value]
+        return [(e.step, v.tag, v.tensor.float_val[0]) for e in events for v in e.summary.value]
+
+    def logged(out):
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+        return [(line["step"], tag, float(np.float32(v))) for line in lines if "step" in line for name, x in line.items()
+                for tag, v in ([(f"{name}/{i}", v) for i, v in enumerate(x)] if isinstance(x, list) else [(name, x)])
+                if name != "step"]
+
+    args = ("--loss", "kcl", "--epochs", 3, "--batch", 36, "--log-every", 2, "--save-every", 1, "--list", small_list(digits, tmp_path))
+    run, step, steps = tmp_path / "run", torch.optim.SGD.step, []
+
+    def step_and_be_told(self, *_):
+        steps.append(0)
+        step(self)
+        if len(steps) in (4, 6):
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as m:
+        m.setattr(torch.optim.SGD, "step", step_and_be_told)
+        for flag in ((), ("--tensorboard",)):
+            with pytest.raises(SystemExit):
+                tiny_rep(script, digits, run, *args, *flag)
+            with open(run / "log.jsonl", "a") as log:  # a killed run's, after its checkpoint
+                log.write(json.dumps({"epoch": 2, "step": 8, "loss": 0}) + "\n")
+        tiny_rep(script, digits, run, *args, "--tensorboard")
+    assert scalars(run) == logged(run)
+    assert {s for s, *_ in scalars(run)} == {2, 3, 5, 6, 8, 9}
+    assert {"epoch", "loss", "lr", "feature_std", "queue_share/0", "queue_share/2"} <= {tag for _, tag, _ in scalars(run)}
+    script(train_linear, run / "backbone.pt", "--epochs", 2, "--lr", 0.1, 1, "--tensorboard")
+    assert scalars(run / "linear-lt") == logged(run / "linear-lt")
+    assert {"loss/0", "loss/1", "lr/1"} <= {tag for _, tag, _ in scalars(run / "linear-lt")}
+    tiny_rep(script, digits, run, *args, "--restart")
+    assert not list((run / "tensorboard").iterdir())
+
+
+def test_without_tensorboard(script, digits, tmp_path, monkeypatch):
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(data, "ImageList", None)  # nothing has begun
+    for module, *args in ((train_rep, "--dataset", "digits", "--data", digits), (train_linear, "x.pt"),
+                          (transfer_det, "--dataset", "digits")):
+        with pytest.raises(SystemExit, match="--tensorboard .*: pip install tensorboard"):
+            script(module, *args, "--out", tmp_path / "run", "--tensorboard")
+    assert not (tmp_path / "run").exists()

@@ -351,9 +351,10 @@ def main():
             train = data.ImageList(head["data"], head["counts_of"], data.center(head["pixels"], head["resize"]))
             means = class_means(*encoded(train, head, path), len(W))
             results.append(("eval_ncm.json", f"NCM on {head['counts_of']}", "", features @ means.T))
-        if str(args.pictures) != "none" and head["backbone_sha256"] not in spaces:
+        run = re.sub(r"-seed\d+", "", head["name"])  # of several seeds the first is enough of a picture
+        if str(args.pictures) != "none" and run not in spaces:
             points, share, y, shown = feature_space(features, labels, head["counts"])
-            spaces[head["backbone_sha256"]] = dict(
+            spaces[run] = dict(
                 name=head["name"], counts=head["counts"], counts_of=head["counts_of"], points=points, share=share,
                 labels=y, shown=shown)
         for file, protocol, chosen, logits in results:

@@ -4,7 +4,7 @@ a line a classifier to results/study.jsonl. recipes/findings.py makes tables and
 
     .venv/bin/python recipes/study.py                    # about 4 hours on 2 cores; stopped, it goes on where it was
     .venv/bin/python recipes/study.py --only fig5        # one finding, with the cells that it needs
-    .venv/bin/python recipes/study.py --smoke            # one epoch, one trial and one seed each, into runs/smoke, to see it work
+    .venv/bin/python recipes/study.py --smoke            # one epoch, trial and seed each, into runs/smoke, to see it work
 
 A cell is a representation (stage 1) with its classifiers (stage 2); with a seed it is a run, of its own digit images,
 order of the classes, weights and draws. A line holds the commands that made it, their CPU seconds on one thread

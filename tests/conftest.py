@@ -1,9 +1,11 @@
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,14 @@ def digits(tmp_path_factory):
     """The embedded set, composed once."""
     root = tmp_path_factory.mktemp("digits") / "set"
     make_lt.make_digits(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A clean copy of the project in which commands can be run."""
+    root = tmp_path_factory.mktemp("project") / "kcl"
+    shutil.copytree(Path(__file__).parent.parent, root, ignore=shutil.ignore_patterns(".git", ".venv", "data", "runs", "__pycache__", ".*cache"))
     return root
 
 

@@ -67,14 +67,6 @@ def other_stand_ins(copy):
                     (copy / root / part / c / f"{i}.png").touch()
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """A clean copy of the project in which commands can be run."""
-    root = tmp_path_factory.mktemp("project") / "kcl"
-    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "data", "runs", "__pycache__", ".*cache"))
-    return root
-
-
 def test_every_command_of_the_readme(copy, script, monkeypatch):
     """The lines with torchrun as they stand; those with python in this process, which imports torch only once."""
     monkeypatch.chdir(copy)

@@ -16,7 +16,8 @@ train() {
     run=$runs/digits-lt-$1-seed$seed
     python train_rep.py --loss $1 --dataset digits --data $data --seed $seed $short --out $run   # stage 1
     python train_linear.py $run/backbone.pt --protocol lt --seed $seed $short    # stage 2: on the long tail (CE: cRT)
-    python train_linear.py $run/backbone.pt --protocol rep --seed $seed $short   # stage 2: on the balanced set
+    # stage 2: on the balanced set; cached: each image encoded once, where the paper augments it anew in each epoch
+    python train_linear.py $run/backbone.pt --protocol rep --features cached --seed $seed $short
 }
 # the two side by side, half of the cores each; CE's output goes to a file
 mkdir -p $runs
@@ -29,4 +30,4 @@ wait $ce || { tail -n 3 $runs/ce.txt >&2; exit 1; }
 unset OMP_NUM_THREADS
 # stage 3: long-tailed recognition (Tables 2, 3), then the balancedness of the feature space (Figs 2, 4)
 python evaluate.py $runs/digits-lt-{ce-seed$seed/head.pt,ce-seed$seed/linear-lt/head.pt,kcl-seed$seed/linear-lt/head.pt} \
-                   $runs/digits-lt-{ce,kcl}-seed$seed/linear-rep/head.pt --tau-norm --pictures $runs
+                   $runs/digits-lt-{ce,kcl}-seed$seed/linear-rep-cached/head.pt --tau-norm --pictures $runs

@@ -1,9 +1,9 @@
 """
 Tiny data sets of random pixels in the layouts of the real ones, for SMOKE=1 and the tests:
 
-    python recipes/stand_ins.py runs/smoke    # -> imagenet, inat2018, places365, data/cifar10, data/cifar100, VOCdevkit, coco
+    python recipes/stand_ins.py runs/smoke    # imagenet, inat2018, places365, data/cifar10 and 100, VOCdevkit, coco
 
-About 500 images of at most 96 px, in under two seconds. What is trained on them means nothing.
+About 600 images of at most 96 px, in a second. What is trained on them means nothing.
 """
 import json
 import sys

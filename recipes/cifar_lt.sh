@@ -21,7 +21,7 @@ for dataset in cifar10 cifar100; do
     for imbalance in $IMBALANCES; do
         lists=data/$dataset-lt$imbalance
         lt="--dataset $dataset --list $lists/train_lt.txt --seed $SEED" run=$runs/$dataset-lt$imbalance
-        python make_lt.py --dataset $dataset --imbalance $imbalance --seed $SEED --out $lists
+        python make_lt.py --dataset $dataset --imbalance $imbalance --out $lists    # one draw for all seeds
         python train_rep.py --loss ce   $lt       --out $run-ce                                         # 0.2 h
         python train_rep.py --loss ldam $lt --drw --out $run-ldam-drw                                   # 0.2 h
         python train_rep.py --loss kcl  $lt       --out $run-kcl                                        # 0.4 h

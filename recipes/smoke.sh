@@ -4,7 +4,7 @@
 project=$PWD
 cd runs/smoke
 IMAGENET=imagenet INAT=inat2018 PLACES=places365 VOC=VOCdevkit COCO=coco GPUS=1
-ALPHAS="lt0 lt" KS=2 IMBALANCES=100
+ALPHAS="lt0 lt" KS=2 IMBALANCES=100  # of each loop less
 
 short() {  # the flags for a command; of a flag that is said twice the last counts
     case $1 in
@@ -14,7 +14,7 @@ short() {  # the flags for a command; of a flag that is said twice the last coun
     esac
     case $* in
         make_lt.py*) ;;
-        *cifar*) echo --batch 32 ;;
+        train*cifar*) echo --batch 32 ;;  # in memory, without workers: told of them it would go another way
         *) echo --workers 0 ;;
     esac
 }

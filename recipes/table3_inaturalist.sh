@@ -41,7 +41,8 @@ $torchrun evaluate.py $runs/inat18-{ce,cb-focal,ldam,ldam-drw,bbn,ssp}/head.pt \
     $runs/inat18-ce/{linear-lt,lws-lt}/head.pt $runs/inat18-{fcl,kcl}/linear-lt/head.pt --pictures $runs/table3
 
 # tau-norm has its tau to choose, and not on the test list: CE once more, without one image of each class, which chooses
-awk '!seen[$NF]++' $INAT/iNaturalist18_train.txt > $INAT/holdout.txt
-awk 'seen[$NF]++' $INAT/iNaturalist18_train.txt > $INAT/without_holdout.txt
-$torchrun train_rep.py --loss ce $inat --list without_holdout.txt --val holdout.txt --out $runs/inat18-ce-tau  # 0.7 h
-$torchrun evaluate.py $runs/inat18-ce-tau/head.pt --tau-norm --val holdout.txt --pictures none
+awk '!seen[$NF]++' $INAT/iNaturalist18_train.txt > $INAT/iNaturalist18_holdout.txt
+awk 'seen[$NF]++' $INAT/iNaturalist18_train.txt > $INAT/iNaturalist18_rest.txt
+$torchrun train_rep.py --loss ce $inat --list iNaturalist18_rest.txt --val iNaturalist18_holdout.txt \
+    --out $runs/inat18-ce-tau                                                                               # 0.7 h
+$torchrun evaluate.py $runs/inat18-ce-tau/head.pt --tau-norm --val iNaturalist18_holdout.txt --pictures none

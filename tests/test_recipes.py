@@ -139,7 +139,8 @@ def test_every_line_in_small(bash, recipe):
     """Each command of the recipe, with its own flags before those that make it short, ends well; the tables have their
     rows. Since the flags are the real ones, one that a script no longer knows ends here."""
     code, printed, _ = bash(recipe, SMOKE=1)
-    assert code == 0 and rows(printed) == EXPECTED[recipe], printed[-3000:]
+    assert code == 0, printed[-3000:]
+    assert rows(printed) == EXPECTED[recipe]
 
 
 def test_run_again_it_goes_on(bash):

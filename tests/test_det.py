@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import checkpoint
 import det_data
@@ -16,6 +15,7 @@ import transfer_det
 from ddp import InputError
 from det_data import Scenes, checked, mirror, to_mask, to_rle
 from digits import PER_CLASS
+from recipes import stand_ins
 from transfer_det import coco_ap, voc_ap
 
 TINY = dict(proposals=((60, 20), (60, 10)), rois=16, channels=8, fc=16, mask=(8,))
@@ -380,48 +380,8 @@ def take(iterable, n):
 
 # ---- official layouts
 
-XML = """<annotation><size><width>{W}</width><height>{H}</height><depth>3</depth></size>{objects}</annotation>"""
-OBJECT = """<object><name>{name}</name>{difficult}<bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin>
-<xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox><part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>
-</object>"""
-
-
-def voc_stand_in(root):
-    """Two images a list, in VOCdevkit's layout."""
-    for year, split in (("2007", "trainval"), ("2012", "trainval"), ("2007", "test")):
-        folder, names = root / f"VOC{year}", [f"{split}_{i}" for i in range(2)]
-        for sub in ("JPEGImages", "Annotations", "ImageSets/Main"):
-            (folder / sub).mkdir(parents=True, exist_ok=True)
-        (folder / f"ImageSets/Main/{split}.txt").write_text("\n".join(names) + "\n")
-        for i, name in enumerate(names):
-            Image.fromarray(np.full((48, 64, 3), 40 * i, np.uint8)).save(folder / f"JPEGImages/{name}.jpg")
-            objects = OBJECT.format(name="dog", difficult="<difficult>0</difficult>", box=(1, 1, 20, 30))
-            objects += OBJECT.format(
-                name="person", difficult=f"<difficult>{i}</difficult>" if i else "", box=(31.5, 11, 64, 48))
-            (folder / f"Annotations/{name}.xml").write_text(XML.format(W=64, H=48, objects=objects))
-
-
-def coco_stand_in(root):
-    """Two images a split, in COCO's layout, ids with gaps, one crowd, one box without a width."""
-    (root / "annotations").mkdir(parents=True)
-    for split in ("train2017", "val2017"):
-        (root / split).mkdir()
-        annotations = [{"id": 10 * i + c, "image_id": 500 + i, "category_id": c, "bbox": [5, 5, 30, 20], "area": 600,
-                        "iscrowd": 0, "segmentation": [[5, 5, 35, 5, 35, 25, 5, 25]]}
-                       for i in range(2) for c in (3, 90)]
-        annotations.append({"id": 99, "image_id": 500, "category_id": 3, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 1,
-                            "segmentation": {"size": [48, 64], "counts": [0, 9, 3063]}})
-        annotations.append({"id": 98, "image_id": 501, "category_id": 90, "bbox": [10, 10, 0, 5], "area": 0, "iscrowd": 0,
-                            "segmentation": [[10, 10, 10, 15, 10, 12]]})
-        for i in range(2):
-            Image.fromarray(np.full((48, 64, 3), 90 * i, np.uint8)).save(root / split / f"{500 + i}.jpg")
-        (root / f"annotations/instances_{split}.json").write_text(json.dumps({
-            "images": [{"id": 500 + i, "file_name": f"{500 + i}.jpg", "width": 64, "height": 48} for i in range(2)],
-            "categories": [{"id": c, "name": f"thing {c}"} for c in (3, 90)], "annotations": annotations}))
-
-
 def test_voc_xml_becomes_a_dictionary(tmp_path):
-    voc_stand_in(tmp_path)
+    stand_ins.voc(tmp_path)
     (train, load), (test, _) = det_data.read_datasets("voc", tmp_path, masks=False)
     assert len(train["images"]) == 4 and len(test["images"]) == 2 and len(test["categories"]) == 20
     assert [c["name"] for c in test["categories"]][:2] == ["aeroplane", "bicycle"]
@@ -456,7 +416,7 @@ def tiny_run(script, *args):
 
 @pytest.mark.parametrize("dataset, arch", [("voc", "c4"), ("coco", "c4"), ("coco", "fpn"), ("digits", "fpn")])
 def test_runs_end_to_end(script, small, tmp_path, capsys, dataset, arch):
-    {"voc": voc_stand_in, "coco": coco_stand_in}.get(dataset, lambda root: None)(tmp_path / "data")
+    {"voc": stand_ins.voc, "coco": stand_ins.coco}.get(dataset, lambda root: None)(tmp_path / "data")
     more = () if dataset == "digits" else ("--data", tmp_path / "data", "--encoder", "resnet8")
     out = tmp_path / "out"
     tiny_run(script, "--dataset", dataset, "--arch", arch, "--pretrained", backbone(tmp_path), "--out", out,
@@ -524,8 +484,8 @@ def test_the_protocol(monkeypatch, tmp_path):
 
 def test_missing_parts_of_the_layouts(script, small, tmp_path):
     voc, coco = tmp_path / "voc", tmp_path / "coco"
-    voc_stand_in(voc)
-    coco_stand_in(coco)
+    stand_ins.voc(voc)
+    stand_ins.coco(coco)
 
     def sentence(dataset):
         with pytest.raises(InputError) as error:

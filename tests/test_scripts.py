@@ -27,6 +27,7 @@ import train_linear
 import train_rep
 import transfer_det
 from ddp import InputError
+from recipes import stand_ins
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -38,35 +39,6 @@ def shell(command, cwd):
     return done.stdout
 
 
-def imagenet_stand_in(root):
-    """Eight JPEGs a class in ImageNet's own layout, with the published names of the lists."""
-    rng, lists = np.random.RandomState(0), {"ImageNet_LT_train": [], "ImageNet_LT_val": [], "ImageNet_LT_test": []}
-    for label, wnid in enumerate(("n01440764", "n01443537", "n02110341")):
-        for i in range(8):
-            split, name = (("val", "LT_test") if i >= 6 else ("train", "LT_val" if i == 5 else "LT_train"))
-            file = f"{split}/{wnid}/{wnid}_{i}.JPEG"
-            (root / file).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.randint(0, 255, (60 + 20 * i, 90, 3), np.uint8)).save(root / file)
-            lists[f"ImageNet_{name}"].append(f"{file} {label}\n")
-    for name, lines in lists.items():
-        (root / f"{name}.txt").write_text("".join(lines))
-
-
-def other_stand_ins(copy):
-    """What make_lt.py finds of iNaturalist, Places365 and CIFAR-100 (its PNGs: their making is tested in test_make_lt.py)."""
-    (copy / "inat2018/train_val2018").mkdir(parents=True)
-    for part in ("train", "val"):
-        (copy / f"inat2018/{part}2018.json").write_text(json.dumps({
-            "images": [{"id": i, "file_name": f"train_val2018/Aves/{i}/{i}.jpg"} for i in range(4)],
-            "annotations": [{"image_id": i, "category_id": i} for i in range(4)]}))
-    for root, parts, n in (("places365", ("train", "val"), 4), ("data/cifar100", ("train", "test"), 500)):
-        for part in parts:
-            for c in ("apple", "bear"):
-                (copy / root / part / c).mkdir(parents=True)
-                for i in range(n):
-                    (copy / root / part / c / f"{i}.png").touch()
-
-
 def test_every_command_of_the_readme(copy, script, monkeypatch):
     """The lines with torchrun as they stand; those with python in this process, which imports torch only once."""
     monkeypatch.chdir(copy)
@@ -75,11 +47,13 @@ def test_every_command_of_the_readme(copy, script, monkeypatch):
                 if re.match(r"python [a-z_]+\.py|torchrun", line)]
     assert len(commands) >= 12 and {c.split(".py")[0].split()[-1] for c in commands} == {
         "bench", "make_lt", "train_rep", "train_linear", "evaluate", "transfer_det", "export"}
-    imagenet_stand_in(copy / "imagenet")
-    other_stand_ins(copy)
+    stand_ins.imagenet(copy / "imagenet")
+    stand_ins.inat18(copy / "inat2018")
+    stand_ins.places365(copy / "places365")
+    stand_ins.cifar(copy / "data/cifar100")
     for command in commands:
         command = command.replace("--long-tail imagenet-lt", "--long-tail exponential --imbalance 2 --holdout 1")
-        command = command.replace("/path/to/inat2018", "inat2018").replace("/path/to/places365", "places365 --holdout 1")
+        command = command.replace("/path/to/inat2018", "inat2018").replace("/path/to/places365", "places365")
         tiny = {"train_rep": " --epochs 1 --queue 40", "train_linear": " --epochs 1 --lr 0.1 1",
                 "bench": " --quick",
                 "transfer_det": " --iterations 2 --batch 2 --train-scenes 4 --test-scenes 2 --precise-bn 1"}.get(

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
+from recipes import findings, study
 
-import findings  # noqa: E402
-import study  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_cell_end_to_end(copy, digits):

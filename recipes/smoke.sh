@@ -1,0 +1,22 @@
+# What SMOKE=1 changes, sourced by the other recipes: their commands run as they stand there, but in runs/smoke, on tiny
+# random images in the real layouts (stand_ins.py), on one process, and with flags at the end that make them short.
+[ -d runs/smoke/coco ] || python recipes/stand_ins.py runs/smoke
+project=$PWD
+cd runs/smoke
+IMAGENET=imagenet INAT=inat2018 PLACES=places365 VOC=VOCdevkit COCO=coco GPUS=1
+ALPHAS="lt0 lt" KS=2 IMBALANCES=100  # of each loop less
+
+short() {  # the flags for a command; of a flag that is said twice the last counts
+    case $1 in
+        train_rep.py) echo --epochs 1 --arch resnet8 --batch 4 --queue 16 --virtual-gpus 1 ;;
+        train_linear.py) echo --epochs 1 --batch 4 ;;
+        transfer_det.py) echo --iterations 2 --batch 2 --accumulate 1 --precise-bn 1 ;;
+    esac
+    case $* in
+        make_lt.py*) ;;
+        train*cifar*) echo --batch 32 ;;  # in memory, without workers: told of them it would go another way
+        *) echo --workers 0 ;;
+    esac
+}
+python() { command python "$project/$1" "${@:2}" $(short "$@"); }
+torchrun() { command torchrun "$1" "$project/$2" "${@:3}" $(short "${@:2}"); }

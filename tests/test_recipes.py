@@ -1,0 +1,193 @@
+"""The recipes: every line of every one, in small, as SMOKE=1 runs it; where they stop; what slurm.sh starts."""
+import gc
+import importlib
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import pyplot  # noqa: F401  before the forks, which would import it one by one
+from test_det import TINY
+
+import data
+import ddp
+import transfer_det
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {name: importlib.import_module(name.replace("/", ".")).main for name in (
+    "make_lt", "train_rep", "train_linear", "evaluate", "transfer_det", "recipes/stand_ins")}
+
+# Stands for `python` and `torchrun`: hands its arguments to the test, and ends as the test says. A real one would take
+# three seconds to import torch, 200 times.
+SHIM = """#!/bin/bash
+exec 3<>/dev/tcp/127.0.0.1/{port}
+printf '%s\\0' "$#" "$PWD" "${{0##*/}}" "$@" >&3
+said=$(cat <&3)
+printf '%s' "${{said%$'\\n'*}}"
+exit "${{said##*$'\\n'}}"
+"""
+
+
+def forked(cwd, argv, output):
+    gc.freeze()  # the parent's objects are many: collecting them, as ddp.run() does, copies their pages
+    os.chdir(cwd)
+    sys.stdout = sys.stderr = open(output, "w", buffering=1)
+    torch.set_num_threads(1)
+    sys.argv = argv
+    ddp.run(SCRIPTS[re.sub(r"^.*?((recipes/)?\w+)\.py$", r"\1", argv[0])])
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The recipes in a folder of their own, so that what they write lies there."""
+    root = tmp_path_factory.mktemp("recipes")
+    shutil.copytree(ROOT / "recipes", root / "recipes")
+    return root
+
+
+@pytest.fixture
+def bash(project, tmp_path, monkeypatch):
+    """bash("table4_ood", SMOKE=1): a recipe, with images of 32 px; returns (exit status, what it printed, [[program,
+    arguments ...] of each command])."""
+    for name in ("imagenet", "inat18", "places365"):
+        monkeypatch.setitem(data.DATASETS, name, {**data.DATASETS[name], "pixels": 32, "resize": 36})
+    for name in ("voc", "coco"):
+        monkeypatch.setitem(transfer_det.SETTINGS, name, {**transfer_det.SETTINGS[name], "scales": [48], "max_size": 64})
+    monkeypatch.setitem(transfer_det.HEADS, "c4", TINY)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name in ("python", "torchrun"):
+            (tmp_path / name).write_text(SHIM.format(port=server.getsockname()[1]))
+            (tmp_path / name).chmod(0o755)
+
+        def run(recipe, **env):
+            commands = []
+            env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **{name: str(x) for name, x in env.items()}}
+            with open(tmp_path / "printed.txt", "w") as printed:
+                bash = subprocess.Popen(["bash", project / f"recipes/{recipe}.sh"], env=env, stdout=printed, stderr=printed)
+            server.settimeout(0.02)
+            while bash.poll() is None:
+                try:
+                    shim = server.accept()[0]
+                except TimeoutError:
+                    continue
+                shim.settimeout(60)
+                received = b""
+                while (words := received.decode().split("\0"))[0] == "" or len(words) < int(words[0]) + 4:
+                    received += shim.recv(65536)
+                _, cwd, program, *args = words[:-1]
+                commands.append([program, *args])
+                if program == "torchrun":
+                    assert re.fullmatch(r"--nproc_per_node=\d+", args.pop(0))
+                fork = multiprocessing.get_context("fork").Process(target=forked, args=(cwd, args, tmp_path / "fork.txt"))
+                fork.start()
+                fork.join()
+                with shim:
+                    shim.sendall(f"{(tmp_path / 'fork.txt').read_text()}\n{fork.exitcode}".encode())
+            return bash.returncode, (tmp_path / "printed.txt").read_text(), commands
+        yield run
+
+
+def rows(printed):
+    """Of the tables of evaluate.py, `run: classifier` a line; of transfer_det.py's, `run/data set`."""
+    return re.findall(r"^\| (\S+/\S+) +\|", printed, re.M) + [
+        f"{run}: {classifier}" for run, classifier in re.findall(r"^\| ([\w-]+) +\|.*\| ([^|,]+)[^|]*\|$", printed, re.M)
+        if run != "run"]
+
+
+LT, REP = "lt: linear on ImageNet_LT_train.txt", "rep: linear on train_full.txt"
+SIX = [f"imagenet{lt}-{loss}" for lt in ("-lt", "") for loss in ("ce", "cl", "kcl")]
+EXPECTED = {
+    "table2_imagenet_lt": [
+        "imagenet-lt-ce: joint CE", "imagenet-lt-ce: tau-norm of joint CE",
+        *(f"imagenet-lt-{loss}: {LT}" for loss in ("ce", "cl", "fcl", "kcl")),
+        *(f"imagenet-lt-ce-{sampler}: joint CE" for sampler in ("class", "sqrt", "progressive")),
+        *(f"imagenet-lt-{run}: {REP}" for run in ("ce", "ce-class", "ce-sqrt", "ce-progressive", "cl", "fcl", "kcl"))],
+    "table3_inaturalist": [
+        "inat18-ce: joint CE", "inat18-cb-focal: joint CB-Focal", "inat18-ldam: joint LDAM",
+        "inat18-ldam-drw: joint LDAM-DRW", "inat18-bbn: joint BBN", "inat18-ssp: joint CE from another backbone",
+        "inat18-ce: lt: linear on iNaturalist18_train.txt", "inat18-ce: lt: lws on iNaturalist18_train.txt",
+        "inat18-fcl: lt: linear on iNaturalist18_train.txt", "inat18-kcl: lt: linear on iNaturalist18_train.txt",
+        "inat18-ce-tau: joint CE", "inat18-ce-tau: tau-norm of joint CE"],
+    "table4_ood": [f"imagenet-{split}-{loss}: rep: linear on {half}train_full.txt" for split in ("overlap", "independent")
+                   for loss in ("ce", "cl", "kcl") for half in (f"{split}_source/", f"{split}_target/", "")],
+    "table6_imagenet": ["imagenet-ce: joint CE", *(f"imagenet-{loss}: {REP}" for loss in ("ce", "cl", "kcl"))],
+    "places": [f"{run}: {REP}" for run in SIX],
+    # each as its run ends, then all in one table
+    "detection": [f"{run}/{name}" for name in ("voc", "coco") for _ in range(2) for run in SIX],
+    "fig2_alpha": [f"imagenet-{alpha}-{loss}: {REP}" for alpha in ("lt0", "lt") for loss in ("ce", "cl")],
+    "fig3_generalisation": [f"imagenet-overlap-{alpha}-ce: rep: linear on overlap_target/train_full.txt"
+                            for alpha in ("lt0", "lt")],
+    "fig5_k": [f"imagenet-lt-{run}: {LT}" for run in ("kcl", "fcl", "kcl-k2")],
+    "cifar_lt": [f"{name}-lt100-{run}{of}" for name in ("cifar10", "cifar100") for run, of in (
+        ("ce", ": joint CE"), ("ldam-drw", ": joint LDAM-DRW"), ("kcl", f": lt: linear on data/{name}-lt100/train_lt.txt"))],
+}
+
+
+def test_none_is_forgotten():
+    others = {"digits", "slurm", "smoke"}  # test_scripts.py, below, and what the others source
+    assert {file.stem for file in (ROOT / "recipes").glob("*.sh")} == others | set(EXPECTED)
+
+
+@pytest.mark.parametrize("recipe", EXPECTED)
+def test_every_line_in_small(bash, recipe):
+    """Each command of the recipe, with its own flags before those that make it short, ends well; the tables have their
+    rows. Since the flags are the real ones, one that a script no longer knows ends here."""
+    code, printed, _ = bash(recipe, SMOKE=1)
+    assert code == 0, printed[-3000:]
+    assert rows(printed) == EXPECTED[recipe]
+
+
+def test_run_again_it_goes_on(bash):
+    """Nothing is trained twice."""
+    assert bash("fig3_generalisation", SMOKE=1, SEED=1)[0] == 0
+    code, printed, commands = bash("fig3_generalisation", SMOKE=1, SEED=1)
+    assert code == 0 and printed.count("is finished already") == 2
+    assert rows(printed) == EXPECTED["fig3_generalisation"] and "train_linear" not in str(commands)
+
+
+@pytest.mark.parametrize("recipe", [name for name in EXPECTED if name != "cifar_lt"])  # which would download
+def test_without_data_one_sentence(bash, recipe):
+    code, printed, commands = bash(recipe)
+    assert code == 1 and re.fullmatch(r"error: /path/to/\w+: no such folder; .*\n", printed.lstrip()), printed
+    assert all(command[0] == "python" and command[1] == "make_lt.py" for command in commands) and len(commands) < 2
+
+
+# ---- slurm.sh, with stubs of what a cluster has
+
+STUBS = {
+    "srun": 'exec "$@"',
+    "scontrol": 'echo "$@" >> scontrol.txt; printf "node7\\nnode8\\n"',
+    "torchrun": 'printf "%s\\n" "$@" > torchrun.txt; mkdir -p runs/kcl; sleep 0.01; eval "$DOES"',
+}
+
+
+@pytest.mark.parametrize("does, code, again", [
+    ("touch runs/kcl/ckpt.pt; exit 143", 143, True),              # told to stop, it saved
+    ("touch runs/kcl/ckpt.pt runs/kcl/backbone.pt", 0, False),    # over
+    ("exit 1", 1, False)])                                        # an error before anything was saved
+def test_slurm(tmp_path, does, code, again):
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DOES": does, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2",
+           "SLURM_JOB_ID": "42", "SLURM_GPUS_ON_NODE": "4"}
+    args = ["--loss", "kcl", "--data", "/some where", "--out", "runs/kcl", "--amp"]
+    done = subprocess.run(["bash", ROOT / "recipes/slurm.sh", *args], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "torchrun.txt").read_text().splitlines() == [
+        "--nnodes=2", "--nproc_per_node=4", "--rdzv_id=42", "--rdzv_backend=c10d", "--rdzv_endpoint=node7:29500",
+        "train_rep.py", *args]
+    asked = (tmp_path / "scontrol.txt").read_text().splitlines()
+    assert asked == ["show hostnames node[7-8]"] + ["requeue 42"] * again
+
+
+def test_slurm_needs_the_folder_of_the_run(tmp_path):
+    done = subprocess.run(["bash", ROOT / "recipes/slurm.sh", "--loss", "kcl"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert done.stderr == "error: say --out, the folder of the run, which every machine must see\n"

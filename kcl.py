@@ -34,10 +34,13 @@ def choose_positives(labels, queue_labels, num_positives=6, first_k=False):
 
 def check(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor):
     """Raise ValueError on shapes or settings that do not fit."""
-    (B, d), K = q.shape, len(queue)
-    if k.shape != (B, d) or queue.shape != (K, d) or labels.shape != (B,) or queue_labels.shape != (K,):
+    B, d, K = len(q), q.shape[-1], len(queue)
+    got = [tuple(x.shape) for x in (q, k, queue, labels, queue_labels)]
+    if got != [(B, d), (B, d), (K, d), (B,), (K,)]:
         raise ValueError("expected q (B, d), k (B, d), queue (K, d), labels (B,), queue_labels (K,); got " +
-                         ", ".join(str(tuple(x.shape)) for x in (q, k, queue, labels, queue_labels)))
+                         ", ".join(map(str, got)))
+    if labels.is_floating_point() or queue_labels.is_floating_point():
+        raise ValueError(f"expected integer labels and queue_labels, got {labels.dtype} and {queue_labels.dtype}")
     if num_positives is not None and num_positives < 0 or num_positives is None and fixed_divisor or temperature <= 0:
         raise ValueError("expected temperature > 0, and num_positives >= 0, or None for all, which has no fixed "
                          f"divisor; got {temperature}, {num_positives} with fixed_divisor={fixed_divisor}")
@@ -50,7 +53,7 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
 
     q             (B, d)  queries, unit rows; the only input that gets a gradient
     k             (B, d)  keys of the same images' other view, unit rows
-    queue         (K, d)  earlier keys, unit rows; all of them stand in the denominator, whatever their label
+    queue         (K, d)  earlier keys, unit rows, none of this batch; all are in the denominator, whatever their label
     labels        (B,)    int class of each query; below 0 = unknown, only its own view is a positive
     queue_labels  (K,)    int class of each queue slot, -1 = empty or unknown: never a positive
     num_positives         k of the paper: 6 = KCL, 0 = CL (InfoNCE, eq. 2), None = all of the class (FCL)

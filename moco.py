@@ -91,7 +91,7 @@ class MoCo(nn.Module):
             keep_statistics(self.encoder_k, j > 0)                        # the running ones are virtual rank 0's
             k.append(F.normalize(self.encoder_k(prepare(part)).float()))
         keep_statistics(self.encoder_k, False)
-        labels = labels.view(b, J).T.reshape(-1, 1).view(torch.float32)   # (J b, 2): the bits of an int64 in two floats
+        labels = labels.long().view(b, J).T.reshape(-1, 1).view(torch.float32)  # (J b, 2): an int64 as two floats
         packed = ddp.gather(torch.cat([torch.cat(k), labels], dim=1))               # (W J b, d + 2)
         packed = packed.view(W, J, b, -1).transpose(0, 1).flatten(0, 2)   # by virtual rank
         order = order.to(packed.device, non_blocking=True)                # no step waits for the device

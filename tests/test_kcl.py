@@ -144,11 +144,13 @@ def test_bad_arguments_are_one_sentence():
     q, k, queue, labels, queue_labels = batch()
     for bad in ((q, k[:-1], queue, labels, queue_labels), (q, k, queue[:, :-1], labels, queue_labels),
                 (q, k, queue, labels[:-1], queue_labels), (q, k, queue, labels, queue_labels[:-1]),
-                (q, k, queue.T, labels, queue_labels)):
+                (q, k, queue.T, labels, queue_labels), (q[None], k, queue, labels, queue_labels)):
         with pytest.raises(ValueError, match=r"expected q \(B, d\)"):
             kcl_loss(*bad)
     with pytest.raises(ValueError, match="num_positives"):
         kcl_loss(q, k, queue, labels, queue_labels, -1)
+    with pytest.raises(ValueError, match="integer labels"):
+        fast_kcl_loss(q, k, queue, labels.float(), queue_labels)
     with pytest.raises(ValueError, match="temperature > 0"):
         kcl_loss(q, k, queue, labels, queue_labels, temperature=0)
     with pytest.raises(ValueError, match="fixed_divisor"):

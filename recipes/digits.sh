@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on the embedded digits: CE against KCL on a long tail of imbalance 100, from nothing to the table.
-# Installs into .venv what requirements.txt names, then takes under 3 minutes on 2 CPU cores. Run again, it keeps what
+# Installs into .venv what requirements.txt names, then takes about 2 minutes on 2 CPU cores. Run again, it keeps what
 # stage 1 has done. SEED=1 is another run: other images, another order of the classes, other initial weights.
 # SMOKE=1 trains for one epoch only, in runs/smoke, to see every step work.
 set -euo pipefail

@@ -1,6 +1,7 @@
 # What SMOKE=1 changes, sourced by the other recipes: their commands run as they stand there, but in runs/smoke, on tiny
 # random images in the real layouts (stand_ins.py), on one process, and with flags at the end that make them short.
 [ -d runs/smoke/coco ] || python recipes/stand_ins.py runs/smoke
+echo "SMOKE=1: random images, one epoch; the numbers mean nothing" >&2
 project=$PWD
 cd runs/smoke
 IMAGENET=imagenet INAT=inat2018 PLACES=places365 VOC=VOCdevkit COCO=coco GPUS=1

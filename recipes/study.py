@@ -2,7 +2,7 @@
 The paper's findings on the embedded digits: trains, probes and evaluates every cell of results/findings.md, and appends
 a line a classifier to results/study.jsonl. recipes/findings.py makes tables and pictures of the lines.
 
-    .venv/bin/python recipes/study.py                    # about 4 hours on 2 cores; stopped, it goes on where it was
+    .venv/bin/python recipes/study.py                    # about 2 hours on 2 cores; stopped, it goes on where it was
     .venv/bin/python recipes/study.py --only fig5        # one finding, with the cells that it needs
     .venv/bin/python recipes/study.py --smoke            # one epoch, trial and seed each, into runs/smoke
 

@@ -11,11 +11,16 @@ where the interval lies above 0, not confirmed where it lies below, else unclear
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from evaluate import balancedness  # noqa: E402  it lies one folder up
+
 ALPHAS = {"-lt0": 0.0, "-lt2": 0.2, "-lt4": 0.4, "-lt6": 0.6, "-lt8": 0.8, "": 1.0}
 NAMES = {"ce": "CE", "cl": "CL", "kcl": "KCL", "fcl": "FCL"}
 T975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
@@ -85,6 +90,11 @@ class Study:
         n = len(self.get(cell, classifier))
         return f"| {name} | {n} | " + " | ".join(self.show(cell, classifier, c) for c in columns) + " |" if n else ""
 
+    def both(self, cell):
+        """Top-1 and few on the long tail, top-1 and beta on the balanced set: cells of a table."""
+        return [self.show(cell, "lt"), self.show(cell, "lt", "few"), self.show(cell, "rep"),
+                self.show(cell, "rep", "balancedness")]
+
 
 def table(header, rows):
     return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *filter(None, rows)]) + "\n"
@@ -105,7 +115,7 @@ def claims(s):
     drop = {loss: minus(top1(f"{loss}-lt0", "rep"), top1(loss, "rep")) for loss in ("ce", "cl")}
     fall = {loss: minus(beta(f"{loss}-lt0"), beta(loss)) for loss in ("ce", "cl")}
     gap = {cell: minus(top1(cell, "source"), top1(cell, "target"))
-           for cell in (f"{loss}-{half}" for loss in ("ce", "cl", "kcl") for half in ("overlap", "independent"))}
+           for cell in (f"{loss}-{half}" for loss in ("ce", "cl") for half in ("overlap", "independent"))}
     resampled = combine(lambda *x: sum(x) / 3, *(beta(f"ce-{how}") for how in ("class", "sqrt", "progressive")))
 
     def above_both(half, classifier):
@@ -212,11 +222,12 @@ def methods_table(s):
 
 def balance_table(s):
     """Fig. 4, left: classifiers on the balanced set."""
-    rows = (("CE, instance sampling (SL-i)", "ce"), ("CE, class-balanced sampling (SL-c)", "ce-class"),
-            ("CE, square-root sampling (SL-s)", "ce-sqrt"), ("CE, progressive sampling (SL-p)", "ce-progressive"),
-            ("CL", "cl"), ("FCL", "fcl"), ("KCL", "kcl"))
+    first = {}  # a representation has the name of the first method with it
+    for name, cell, _ in METHODS:
+        if s.get(cell, "rep"):
+            first.setdefault(cell, name)
     return table("| representation | n | all | many | medium | few | beta | std of classes |",
-                 [s.row(name, cell, "rep", GROUPS) for name, cell in rows])
+                 [s.row(name, cell, "rep", GROUPS) for cell, name in first.items()])
 
 
 def fig2(s):
@@ -258,8 +269,7 @@ def table4(s):
 
 
 def fig5(s):
-    rows = [f"| {k} | {len(s.get(cell, 'lt'))} | {s.show(cell, 'lt')} | {s.show(cell, 'lt', 'few')} | "
-            f"{s.show(cell, 'rep')} | {s.show(cell, 'rep', 'balancedness')} |" for k, cell in POSITIVES]
+    rows = [f"| {k} | {len(s.get(cell, 'lt'))} | {' | '.join(s.both(cell))} |" for k, cell in POSITIVES]
     return table("| k | n | top-1 | few | top-1 on the balanced set | beta on the balanced set |", rows)
 
 
@@ -269,17 +279,15 @@ def ablations(s):
                        ("the k lowest slots (`--first-k`)", "kcl-first-k"),
                        ("unused positives leave the denominator (`--drop-unused`)", "kcl-drop-unused"),
                        ("queue not filled at the start (`--no-fill`)", "kcl-no-fill")):
-        against = [signed(minus(s.get(cell, c), s.get("kcl", c))) if cell != "kcl" else "" for c in ("lt", "rep")]
-        rows.append(f"| {name} | {len(s.get(cell, 'lt'))} | {s.show(cell, 'lt')} | {against[0]} | "
-                    f"{s.show(cell, 'lt', 'few')} | {s.show(cell, 'rep')} | {against[1]} | "
-                    f"{s.show(cell, 'rep', 'balancedness')} |")
+        by_lt, by_rep = (signed(minus(s.get(cell, c), s.get("kcl", c))) if cell != "kcl" else "" for c in ("lt", "rep"))
+        lt, few, rep, beta = s.both(cell)
+        rows.append(f"| {name} | {len(s.get(cell, 'lt'))} | {lt} | {by_lt} | {few} | {rep} | {by_rep} | {beta} |")
     return table("| | n | top-1 | against KCL | few | top-1, balanced set | against KCL | beta, balanced set |", rows)
 
 
 def cost(s):
     rows = [f"| {name} | {epochs} | {len(s.get(cell, 'lt'))} | {s.show(cell, 'lt', 'seconds')} | "
-            f"{s.show(cell, 'lt')} | {s.show(cell, 'lt', 'few')} | {s.show(cell, 'rep')} | "
-            f"{s.show(cell, 'rep', 'balancedness')} |"
+            f"{' | '.join(s.both(cell))} |"
             for name, cell, epochs in (("CE, cRT", "ce", 40), ("CE, cRT", "ce-80", 80), ("CE, cRT", "ce-116", 116),
                                        ("KCL", "kcl-40", 40), ("KCL", "kcl", 80))]
     return table("| | epochs | n | CPU s | top-1 | few | top-1, balanced set | beta, balanced set |", rows)
@@ -289,9 +297,9 @@ def sensitivity(s):
     """Finding 8: what beta is sensitive to, beside std and few / many."""
     sigmas = (0.01, 0.03, 0.1, 0.3, 1)
     rows = []
-    for name, cell in (("CE", "ce"), ("CL", "cl"), ("KCL", "kcl"), ("FCL", "fcl")):
-        acc = [np.array(a) for a in s.get(cell, "rep", "per_class").values()]
-        by_sigma = [np.mean([np.exp(-(a[:, None] - a) ** 2 / sigma).mean() for a in acc]) for sigma in sigmas]
+    for cell, name in NAMES.items():
+        acc = s.get(cell, "rep", "per_class").values()
+        by_sigma = [np.mean([balancedness(a, sigma) for a in acc]) for sigma in sigmas]
         rows.append(f"| {name} | " + " | ".join(f"{b:.3f}" for b in by_sigma) +
                     f" | {s.show(cell, 'rep', 'std')} | {s.show(cell, 'rep', 'few/many')} | {s.show(cell, 'rep')} |")
     text = table("| alpha 1, classifier on the balanced set | " + " | ".join(f"sigma {x:g}" for x in sigmas) +
@@ -349,10 +357,9 @@ def draw(s, out):
     fig.savefig(out / "fig2.png")
 
     fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for suffix, alpha in ALPHAS.items():
-        cell = f"ce-overlap{suffix or '-lt'}"
-        pairs = combine(lambda x, y: (x, y), s.get(cell, "source", "balancedness"), s.get(cell, "target"))
-        ax.scatter(*np.array(list(pairs.values())).reshape(-1, 2).T, s=60, color=plt.cm.viridis(alpha),
+    xy = np.array(list(source_and_target(s, "balancedness").values())).reshape(-1, 2, 6)
+    for i, alpha in enumerate(ALPHAS.values()):
+        ax.scatter(xy[:, 0, i], xy[:, 1, i], s=60, color=plt.cm.viridis(alpha),
                    marker="osD^vP"[round(5 * alpha)], edgecolor="black", linewidth=0.5, label=f"alpha {alpha:g}")
     ax.set(xlabel="balancedness on the source classes", ylabel="top-1 on the target classes, %")
     fig.legend(loc="outside upper center", ncols=3, fontsize="small")
@@ -383,11 +390,11 @@ def draw(s, out):
     fig.savefig(out / "fig5.png")
 
     fig, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
-    for loss, (color, marker) in list(STYLE.items())[:4]:
-        of = [(cell, classifier) for cell, classifier in s.lines if classifier == "rep" and cell.split("-")[0] == loss]
-        pairs = [combine(lambda x, y: (x, y), s.get(*key), s.get(*key, "balancedness")) for key in of]
-        xy = [pair for part in pairs for pair in part.values()]
-        ax.scatter(*np.array(xy).reshape(-1, 2).T, color=color, marker=marker, s=30, alpha=0.6, label=NAMES[loss])
+    for loss, name in NAMES.items():
+        xy = [(100 * line["top1"], line["balancedness"]) for (cell, classifier), lines in s.lines.items()
+              if classifier == "rep" and cell.split("-")[0] == loss for line in lines.values()]
+        color, marker = STYLE[loss]
+        ax.scatter(*np.array(xy).reshape(-1, 2).T, color=color, marker=marker, s=30, alpha=0.6, label=name)
     a = np.linspace(0.1, 1, 91)
     ax.plot(100 * a, [expected_beta(x, 100, 10) for x in a], color="black", linestyle="--", label="all classes equal")
     ax.set(xlabel="top-1, classifier on the balanced set, %", ylabel="balancedness (sigma = 0.1)")

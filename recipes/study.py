@@ -189,16 +189,18 @@ def main():
     for script in ("make_lt", "train_rep", "train_linear", "evaluate"):
         importlib.import_module(script)  # once for all forks
 
+    def lines():
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
     def work(cells, seeds):
         """Do what of these is not in the file yet; returns its lines."""
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        there = {(line["cell"], line["seed"]) for line in lines}
+        there = {(line["cell"], line["seed"]) for line in lines()}
         blocks = [list(block) for _, block in itertools.groupby(cells, key=lambda cell: cell[0])]
         todo = [(cell, seed) for block in blocks for seed in seeds for cell in block if (cell[1], seed) not in there]
         in_forks(args.jobs, [(run, f"make_lt.py --seed {seed} --out data/digits-seed{seed}", f"{runs}/data")
                              for seed in seeds if todo and not Path(f"data/digits-seed{seed}").exists()])
         in_forks(args.jobs, [(measure, cell, seed, runs, short, file) for cell, seed in todo])
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return lines()
 
     lr = chosen(work(tuning(lrs), tune_seeds), lrs)
     print("learning rates chosen on val: " + ", ".join(f"{loss} {rate:g}" for loss, rate in lr.items()), flush=True)

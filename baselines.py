@@ -1,6 +1,6 @@
 """
 What KCL is compared with: the losses, classifiers and branches of the paper's tables, and two relatives it should stand
-next to. Pure functions of logits or embeddings; train_rep.py calls them by --loss. Needs torch and kcl.py (TSC: scipy).
+next to. Pure functions of logits or embeddings; what train_rep.py asks of this file stands first.
 
     focal, cb-focal   focal_loss, effective_number_weights     Lin et al. 2017; Cui et al. 2019
     ldam, --drw       ldam_loss, ldam_margins, NormedLinear    Cao et al. 2019
@@ -9,19 +9,89 @@ next to. Pure functions of logits or embeddings; train_rep.py calls them by --lo
     tsc               tsc_loss, uniform_targets, Targets       Li et al. 2022
 
 CE and its samplers, cRT, LWS, NCM, tau-norm and SSP are no losses of their own: train_rep.py --sampler and --init,
-train_linear.py --classifier, evaluate.py --tau-norm.
+train_linear.py --classifier, evaluate.py --ncm and --tau-norm.
+
+Add your loss here: its name in LOSSES; in LOGITS if it trains a classifier along; in VIEWS if it takes two views of an
+image; a branch in `criterion`, and in `network` if it needs another network than a ResNet with C outputs.
 """
-import copy
+import itertools
+import math
+import sys
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kcl import choose_positives
+import ddp
+from kcl import choose_positives, fast_kcl_loss
+from moco import MoCo, with_head
+from resnet import branch
 
-# train_rep.py --loss, kcl.py's among them, and the name in tables of those that train a classifier along
-SUPERVISED = {"ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDAM", "bbn": "BBN"}  # on logits
-CONTRASTIVE = ("cl", "kcl", "fcl", "supcon", "tsc")                                              # on embeddings
+LOSSES = {"ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDAM", "bbn": "BBN", "supcon": "SupCon",
+          "tsc": "TSC"}                                                   # train_rep.py --loss: the name in tables
+LOGITS = ("ce", "focal", "cb-focal", "ldam", "bbn")                       # these train a classifier along
+VIEWS = {"supcon": 2, "tsc": 2}                                           # of an image; the others take one
+WHOLE_BATCH = ("bbn", "supcon", "tsc")                                    # these cannot take a batch in parts
+DEFAULTS = {"bbn": dict(sampler="bilateral")}                             # flags that a loss changes
+
+
+# ---- what train_rep.py asks for
+
+def network(args, encoder, counts):
+    """The network of a loss; encoder: a torchvision-style constructor, counts (C,): training images of each class.
+    A MoCo is trained on queries, keys and queue, anything else on what it returns for the images."""
+    C = len(counts)
+    if args.loss == "supcon":
+        return with_head(encoder, args.dim, args.mlp)
+    if args.loss == "bbn":
+        return BBN(encoder, C)
+    if args.loss == "tsc":
+        model = MoCo(encoder, args.dim, args.queue, args.m, args.mlp, args.seed)
+        model.targets = Targets(C, args.dim)
+        return model
+
+    model = encoder(num_classes=C)
+    if args.loss == "ldam":
+        model.fc = NormedLinear(model.fc.in_features, C)
+    if args.loss in ("focal", "cb-focal"):
+        nn.init.constant_(model.fc.bias, -math.log(C - 1))                # sigmoids start at 1 / C
+    return model
+
+
+def criterion(args, model, counts, epoch):
+    """The loss of an epoch: of (logits, labels), or of kcl_loss' five tensors where the model is a MoCo. A function of
+    the epoch alone, so that a resumed run needs no state of it."""
+    device, t = next(model.parameters()).device, epoch / args.epochs
+    if args.loss == "bbn":
+        model.alpha = bbn_alpha(epoch, args.epochs)
+        return partial(bbn_loss, alpha=model.alpha)
+    if args.loss == "supcon":
+        return partial(supcon_of_all_ranks, temperature=args.temperature)
+    if args.loss == "tsc":
+        return partial(tsc_of_all_ranks, targets=model.targets, pull=epoch >= args.epochs // 2,
+                       steps=itertools.count(1),
+                       num_positives=args.num_positives, temperature=args.temperature)
+
+    weight = None
+    if args.loss == "cb-focal":
+        weight = effective_number_weights(counts, 0.999).to(device)       # Cui et al. on iNaturalist
+    if args.drw and t >= 0.8:                                             # deferred: from 160 of 200, Cao et al. 2019
+        weight = effective_number_weights(counts, 0.9999).to(device)
+    if args.loss == "ce":
+        return partial(F.cross_entropy, weight=weight)
+    if args.loss == "ldam":
+        return partial(ldam_loss, margins=ldam_margins(counts).to(device), weight=weight)
+    return partial(focal_loss, gamma=2.0 if args.loss == "focal" else 0.5, weight=weight)
+
+
+def classifier(args, model):
+    """Weight (C, D) and bias (C,) of the classifier that a loss in LOGITS has trained along."""
+    weight = model.fc.weight.detach()
+    if args.loss == "ldam":  # the cosine's other norm, of an image's features, is the same for all classes
+        return F.normalize(weight), torch.zeros(len(weight))
+    return weight, model.fc.bias.detach()
 
 
 # ---- re-weighting
@@ -48,7 +118,7 @@ def focal_loss(logits, labels, gamma=2.0, weight=None):
     logits (B, C), labels (B,). gamma 2 is Lin's; 0 with weight None is the binary cross-entropy of all classes.
     weight (C,): effective_number_weights makes it CB-Focal, for which Cui et al. took gamma 0.5 and beta 0.999 on
     iNaturalist and ImageNet. Start the classifier's bias at -log(C - 1), their prior of 1 / C, or the many negatives
-    make the first steps unstable.
+    make the first steps unstable. Their code keeps that bias out of weight decay; train_rep.py does not.
     """
     sign = 2 * F.one_hot(labels, logits.shape[1]) - 1                     # (B, C): +1 for the label, -1 for others
     log_p = F.logsigmoid(sign * logits)
@@ -87,33 +157,11 @@ def ldam_loss(cosines, labels, margins, scale=30.0, weight=None):
 
 # ---- BBN
 
-class Branches(nn.Module):
-    """A residual block and its copy. `use` (0: conventional, 1: re-balanced) picks one; None runs both and
-    concatenates their channels."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.conventional, self.rebalanced, self.use = block, copy.deepcopy(block), None
-
-    def forward(self, x):
-        if self.use is None:
-            return torch.cat([self.conventional(x), self.rebalanced(x)], dim=1)
-        return self.rebalanced(x) if self.use else self.conventional(x)
-
-
-def branch(encoder):
-    """Give an encoder (torchvision's or CIFAR's ResNet, its fc an nn.Identity) BBN's two branches: the last residual
-    block twice, all before it shared. Changes it in place; features double to (B, 2 D). Returns the Branches."""
-    stage = getattr(encoder, "layer4", None) or encoder.layer3
-    stage[-1] = Branches(stage[-1])
-    return stage[-1]
-
-
 class BBN(nn.Module):
     """The bilateral-branch network: Zhou et al., "BBN: Bilateral-Branch Network with Cumulative Learning for
-    Long-Tailed Visual Recognition", CVPR 2020, sec. 4.
+    Long-Tailed Visual Recognition", CVPR 2020, sec. 4. It takes `bilateral` batches, data.py.
 
-    In training: images (B, 3, H, W) of the conventional and of the reversed sampler, and alpha -> logits (B, C) of
+    In training: images (2 B, 3, H, W), of the conventional sampler and then of the reversed one -> logits (B, C) of
     2 [alpha f_c, (1 - alpha) f_r]. In evaluation: images -> logits of [f_c, f_r], as at alpha = 1/2.
     """
 
@@ -123,25 +171,29 @@ class BBN(nn.Module):
         D, self.encoder.fc = self.encoder.fc.in_features, nn.Identity()
         self.branches = [branch(self.encoder)]  # in a list: a part of the encoder, not a second module
         self.fc = nn.Linear(2 * D, num_classes)
+        self.alpha = 1.0
 
-    def forward(self, images, reversed_images=None, alpha=None):
-        if reversed_images is None:
+    def forward(self, images):
+        if not self.training:
             return self.fc(self.encoder(images))
-        features = []
-        for use, x, share in ((0, images, alpha), (1, reversed_images, 1 - alpha)):
-            self.branches[0].use = use
-            features.append(share * self.encoder(x))                      # (B, D)
+        conventional, reversed_ = images.chunk(2)
+        self.branches[0].use = 0
+        f_c = self.alpha * self.encoder(conventional)                     # (B, D)
+        self.branches[0].use = 1
+        f_r = (1 - self.alpha) * self.encoder(reversed_)                  # (B, D)
         self.branches[0].use = None
-        return self.fc(2 * torch.cat(features, dim=1))
+        return self.fc(2 * torch.cat([f_c, f_r], dim=1))
 
 
 def bbn_alpha(epoch, epochs):
-    """alpha = 1 - (t / T)^2, the parabolic decay of cumulative learning from the whole to the tail (eq. 6)."""
+    """alpha = 1 - (t / T)^2, the parabolic decay of cumulative learning from the whole to the tail: eq. 6, with T all
+    epochs, as in the paper. The authors' code divides by a constant of its own."""
     return 1 - (epoch / epochs) ** 2
 
 
-def bbn_loss(logits, labels, reversed_labels, alpha):
-    """alpha CE(logits, labels) + (1 - alpha) CE(logits, reversed_labels), eq. 5; logits (B, C), labels (B,) each."""
+def bbn_loss(logits, labels, alpha):
+    """alpha CE(logits, y_c) + (1 - alpha) CE(logits, y_r), eq. 5; logits (B, C), labels (2 B,): y_c, then y_r."""
+    labels, reversed_labels = labels.chunk(2)
     return alpha * F.cross_entropy(logits, labels) + (1 - alpha) * F.cross_entropy(logits, reversed_labels)
 
 
@@ -165,13 +217,33 @@ def supcon_loss(z, labels, temperature=0.07):
         return -(log_p.where(positive, 0).sum(1)[found > 0] / found[found > 0]).mean()
 
 
-def uniform_targets(C, d, device="cpu", steps=1000, seed=0):
+class GatherWithGradient(torch.autograd.Function):
+    """ddp.gather for a loss that every rank computes in full, on all embeddings. A rank's backward reaches its own
+    share alone; times world, since DDP takes the mean over ranks: together the whole gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mine = slice(ddp.rank() * len(x), (ddp.rank() + 1) * len(x))
+        return ddp.gather(x).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ddp.world() * grad[ctx.mine]
+
+
+def supcon_of_all_ranks(z, labels, temperature):
+    """supcon_loss of z (2 b, d), not normalised, of both views of each rank's b images, and their labels (b,)."""
+    z = GatherWithGradient.apply(F.normalize(z))
+    return supcon_loss(z, ddp.gather(labels.repeat(2)), temperature)
+
+
+def uniform_targets(C, d, steps=1000, seed=0):
     """C unit vectors (C, d) spread over the sphere: the minimum of mean_i log sum_{j != i} exp(t_i . t_j / 0.07), found
     by Adam. Li et al., "Targeted Supervised Contrastive Learning for Long-Tailed Recognition", CVPR 2022, sec. 3.2,
     whose sum has j = i too: a constant exp(1 / 0.07) that buries the rest in fp32. For C <= d + 1 the minimum is the
     regular simplex, t_i . t_j = -1 / (C - 1). 13 s for 1000 classes on a CPU core, growing with C^2."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(C, d, generator=g).to(device).requires_grad_()
+    x = torch.randn(C, d, generator=g).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.1)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
@@ -187,9 +259,17 @@ class Targets(nn.Module):
     """TSC's targets and which class owns which (sec. 3.3): class means of the queries, followed with momentum 0.9, and
     the assignment that brings targets nearest to them, of all one-to-one assignments the best."""
 
-    def __init__(self, C, d, device="cpu"):
+    def __init__(self, C, d):
         super().__init__()
-        self.register_buffer("targets", uniform_targets(C, d, device))    # (C, d)
+        try:
+            from scipy.optimize import linear_sum_assignment
+        except ImportError:
+            sys.exit("error: --loss tsc assigns its targets with scipy: pip install scipy")
+        self.assignment = linear_sum_assignment
+        targets = uniform_targets(C, d)
+        if ddp.world() > 1:
+            dist.broadcast(targets, 0)  # another kind of CPU may round otherwise
+        self.register_buffer("targets", targets)                          # (C, d)
         self.register_buffer("means", F.normalize(torch.randn(C, d)))     # (C, d)
         self.register_buffer("owned", torch.arange(C))                    # (C,) the target of each class
 
@@ -207,15 +287,15 @@ class Targets(nn.Module):
     @torch.no_grad()
     def assign(self):
         """The Hungarian method on means . targets: about 0.1 s for 1000 classes, growing with C^3, and it waits for the
-        device. Raises ImportError without scipy."""
-        from scipy.optimize import linear_sum_assignment
-        _, owned = linear_sum_assignment((self.means @ self.targets.T).cpu().numpy(), maximize=True)
+        device."""
+        _, owned = self.assignment((self.means @ self.targets.T).cpu().numpy(), maximize=True)
         self.owned.copy_(torch.from_numpy(owned))
 
 
 def tsc_loss(q, k, queue, labels, queue_labels, targets, num_positives=6, temperature=0.07, weight=0.2):
     """KCL's loss with the class targets among the keys, plus weight * -log softmax of the query's own target: L_TSC of
-    Li et al. 2022, eq. 4, with their lambda = 0.2.
+    Li et al. 2022, eq. 4, with their lambda = 0.2. Their code divides both terms by k + 2, which makes the target's a
+    seventh of this at k = 6, and restarts optimiser and schedule after the warm-up; this follows the paper.
 
     targets (C, d): row c is the target of class c. All others as in kcl_loss; labels must be 0..C-1 here.
     """
@@ -228,3 +308,15 @@ def tsc_loss(q, k, queue, labels, queue_labels, targets, num_positives=6, temper
         to_keys = log_p[:, :positive.shape[1]].where(positive, 0).sum(1) / positive.sum(1)
         to_target = log_p[:, positive.shape[1]:].gather(1, labels[:, None])[:, 0]
         return -(to_keys + weight * to_target).mean()
+
+
+def tsc_of_all_ranks(q, k, queue, labels, queue_labels, targets, pull, steps, num_positives, temperature):
+    """A step of TSC: the Targets follow the queries of all ranks. pull: whether they are among the keys; in the first
+    half of the epochs they are not (App. B: warm-up with KCL). steps: counts those of the epoch from 1."""
+    targets.follow(ddp.gather(q.detach()), ddp.gather(labels))
+    if not pull:
+        return fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives, temperature)
+    step = next(steps)
+    if step == 1 or step % max(1, len(targets.owned) // 100) == 0:  # every step of the authors: 0.1 s for 1000 classes
+        targets.assign()
+    return tsc_loss(q, k, queue, labels, queue_labels, targets.of_classes(), num_positives, temperature)

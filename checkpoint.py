@@ -1,212 +1,119 @@
 """
-What a run leaves for later: its checkpoint, to go on from, its settings, which stand in the first line of its log, and
-its classifier; and how it is asked to stop in between.
+What a run leaves behind: its checkpoint, its log, whose first line holds command and settings, and its classifier.
 """
-import contextlib
 import json
-import math
 import os
-import signal
+import subprocess
 import sys
-import zipfile
+import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torchvision
 
-import data
 import ddp
-from ddp import InputError
-from reading import printable, read
-from resnet import ARCHS
 
-FILES = ("ckpt.pt", "ckpt.prev.pt")  # the checkpoint, and the one before
+SAVE_EVERY = 60  # seconds between two checkpoints at least: one of a ResNet-50 has 0.3 GB
+FREE = {"out", "workers", "log_every", "tensorboard", "compile", "restart", "split", "world"}  # these change no weight
 
 
-def save(state, path, before=None):
-    """All or nothing: a run killed while it writes, or a full disk (an InputError), leaves what was there intact. It is
-    kept under the name `before`, if given."""
-    path = Path(path)
-    try:
-        with open(f"{path}.tmp", "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())  # or a power failure could leave the new name with half of the bytes
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written ({str(error).splitlines()[0]}); the one before is intact: make "
-                         "room, and give the same command again") from None
-    if before and path.exists():
-        os.replace(path, before)
+def save(state, path):
+    """torch.save, all or nothing: a run that is killed while it writes leaves the old file."""
+    with open(f"{path}.tmp", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
 
 
-def save_checkpoint(state, out):
-    """The newest of FILES; the newest so far becomes the one before."""
-    save(state, out / FILES[0], before=out / FILES[1])
-
-
-def remove(out, *names):
-    """The checkpoints in `out`, and the files `names`, those that are there."""
-    for name in (*FILES, *names):
-        (out / name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def fitting(out):
-    """with fitting(out): what takes a checkpoint's entries. InputError where one is missing or does not fit."""
+def header(args, **more):
+    """What a reader needs to repeat the run: the first line of log.jsonl. more: further settings."""
     try:
-        yield
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{out} holds another model ({str(error).splitlines()[-1].strip()}); name another --out, or "
-                         "--restart to throw it away") from None
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, check=True,
+                             capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        git = None  # no git, or a copy without its history
+    settings = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "settings": {**settings, "world": ddp.world(), **more},
+            "torch": torch.__version__, "torchvision": torchvision.__version__, "python": sys.version.split()[0],
+            "git": git, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def load(out, settings, free, override, device):
-    """The checkpoint in `out` of a run with these settings, but for the names in `free`, which change no weight; None
-    where there is none. One that is broken (each entry of the file has a checksum) is passed over for the one before,
-    with a warning. Raises InputError where that is broken too, or is another run's, unless override."""
-    files = [out / name for name in FILES if (out / name).exists()]
-    if not files:
-        return None
-    for file in files:
-        try:
-            ckpt = read(file, "the checkpoint of a run", device)
-            damaged = zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip()
-            if damaged or not isinstance(ckpt.get("settings"), dict):
-                raise InputError(f"{file}: not the checkpoint of a run, or damaged")
-            break
-        except (InputError, zipfile.BadZipFile) as error:
-            ddp.print0(f"warning: {error}")
-    else:
-        raise InputError(f"{files[0]} does not load, nor one before it; --restart throws it away")
-    differ = [f"{name}: {printable(ckpt['settings'].get(name))} there, {v} here" for name, v in settings.items()
-              if name not in free and ckpt["settings"].get(name) != v]
-    if differ and not override:
-        raise InputError(f"{out} holds a run with other settings ({', '.join(differ)}); name another --out, --restart "
-                         "to throw it away, or --override to go on with these")
-    return ckpt
+def resume(out, settings, finished, restart=False):
+    """The checkpoint that a run with these settings left in `out`, on the CPU; None for a run that begins.
 
-
-def need_tensorboard():
-    """InputError where what --tensorboard writes with is missing: to be asked before any long work."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(f"--tensorboard needs the package tensorboard ({error}): pip install tensorboard") from None
-    return SummaryWriter
-
-
-def open_log(out, head_line, done=None, tensorboard=False):
-    """log(line), which adds the dictionary `line` to out/log.jsonl: from head_line on, or, for a run that goes on after
-    `done` steps, without the lines of later ones, which it will do again.
-
-    tensorboard: also to one event file in out/tensorboard, every number at the line's step, that of a list as name/0,
-    name/1, ... It is written anew from the lines that are kept, so that it holds what log.jsonl holds, each step once.
+    finished: the file that a run writes last. Exits where it is there, or where `out` holds a run with other settings.
+    restart: throw away what is there.
     """
-    lines = [json.dumps(head_line) + "\n"]
-    if done is not None and (out / "log.jsonl").exists():
-        first, *lines = open(out / "log.jsonl")
-        whole = [line for line in lines if line.endswith("}\n")]             # a kill may have cut the last
-        lines = [first, *(line for line in whole if json.loads(line)["step"] <= done)]
-    (out / "log.tmp").write_text("".join(lines))
+    log = out / "log.jsonl"
+    if restart:
+        if ddp.rank() == 0:
+            for name in (finished, "ckpt.pt", "log.jsonl"):
+                (out / name).unlink(missing_ok=True)
+        return None
+    if not log.exists():
+        return None
+    with open(log, encoding="utf-8") as f:
+        there = json.loads(f.readline())["settings"]
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    differ = [f"{name}: {there.get(name)} there, {x} here" for name, x in settings.items()
+              if name not in FREE and there.get(name) != x]
+    if differ:
+        sys.exit(f"error: {out} holds a run with other settings ({', '.join(differ)}); name another --out, or "
+                 "--restart to throw it away")
+    if (out / finished).exists():
+        ddp.print0(f"{out} is finished already; --restart trains it again")
+        sys.exit(0)
+    if not (out / "ckpt.pt").exists():
+        return None
+    return torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+
+
+def open_log(out, header, step=None, tensorboard=False):
+    """log(line), which adds a dictionary to out/log.jsonl, and with tensorboard its numbers to out/tensorboard.
+
+    step: the run goes on after it; the lines up to there are kept, later ones will be written again.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    if step is not None:
+        whole = [line for line in open(out / "log.jsonl", encoding="utf-8") if line.endswith("}\n")]
+        header, *lines = map(json.loads, whole)  # a kill may have cut the last
+        lines = [line for line in lines if line["step"] <= step]
+    (out / "log.tmp").write_text("".join(json.dumps(line) + "\n" for line in [header, *lines]), encoding="utf-8")
     os.replace(out / "log.tmp", out / "log.jsonl")
-    file = open(out / "log.jsonl", "a", buffering=1)
-    if tensorboard or done is None:
-        for events in (out / "tensorboard").glob("events.out.tfevents.*"):
-            events.unlink()
-    if not tensorboard:
-        return lambda line: file.write(json.dumps(line) + "\n")
 
-    writer = need_tensorboard()(out / "tensorboard")
-
-    def add(line):
-        for name, x in line.items():
-            numbers = {f"{name}/{i}": v for i, v in enumerate(x)} if isinstance(x, list) else {name: x}
-            for name, v in numbers.items():
-                if "step" in line and name != "step":  # the choice that ends a classifier's log has no step
-                    writer.add_scalar(name, v, line["step"])
+    file = open(out / "log.jsonl", "a", buffering=1, encoding="utf-8")
+    writer = tensorboard_writer(out, (step or 0) + 1) if tensorboard else None
 
     def log(line):
-        file.write(json.dumps(line) + "\n")
-        add(line)
-        writer.flush()  # a run may be killed before its next line
-    for line in lines[1:]:
-        add(json.loads(line))
+        print(json.dumps(line), file=file)
+        for name, x in line.items() if writer else ():
+            for i, number in enumerate(x if isinstance(x, list) else [x]):
+                tag = f"{name}/{i}" if isinstance(x, list) else name
+                writer.add_scalar(tag, number, line["step"])
     return log
 
 
-class Stop:
-    """From here on a first SIGTERM, SIGINT or SIGUSR1 (Slurm's warning: sbatch --signal=USR1@120) is noted, so that the
-    run can finish its step and save; a second one of the kind ends it at once."""
-
-    def __init__(self):
-        self.number, self.process = 0, os.getpid()
-        self.before = {number: signal.signal(number, self.note)
-                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-
-    def note(self, number, frame):
-        if os.getpid() == self.process:
-            self.number = number
-            signal.signal(number, self.before[number])
-        elif number == signal.SIGTERM:  # a data worker, which Ctrl-C reaches too: only its own process may end it
-            os._exit(0)
-
-    def asked(self):
-        """The signal that any rank was sent, 0 if none. A collective: every rank asks after the same step."""
-        if ddp.world() == 1:
-            return self.number
-        number = torch.tensor(self.number)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
-
-    def leave(self, number, out):
-        """Exit with 128 + the signal's number, as a shell reports it: a scheduler sees that the run is not over."""
-        ddp.print0(f"{signal.Signals(number).name}: {out} is saved; the same command goes on from there")
-        sys.exit(128 + number)
+def tensorboard_writer(out, first_step):
+    """Events of first_step and later, of an earlier call, are hidden. Exits where the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
+    return SummaryWriter(out / "tensorboard", purge_step=first_step, flush_secs=10)
 
 
 def settings_of(backbone):
-    """The settings of the run of train_rep.py that wrote `backbone`, from the log.jsonl beside it; {} without one.
-    Raises InputError for a log that is not train_rep.py's."""
+    """The settings of the run that wrote `backbone`, from the log.jsonl beside it; {} for a backbone from elsewhere."""
     log = Path(backbone).with_name("log.jsonl")
     if not log.exists():
         return {}
-    try:
-        settings = json.loads(log.read_text(encoding="utf-8").splitlines()[0])["settings"]
-        known = {"arch": ARCHS, "dataset": data.DATASETS, "data": None, "list": None, "list_sha256": None, "loss": None}
-        if not all(isinstance(settings[name], str) and min(settings[name], default=" ") >= " " and
-                   settings[name] in (values or [settings[name]])
-                   for name, values in known.items()):
-            raise ValueError
-        return settings
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise InputError(f"{log}, line 1: expected the settings that train_rep.py writes; move a foreign file "
-                         "away") from None
+    with open(log, encoding="utf-8") as f:
+        return json.loads(f.readline())["settings"]
 
 
 def read_head(path):
-    """A head.pt of train_rep.py or train_linear.py: a linear classifier, weight (C, D) and bias (C,), and of what.
-    Raises InputError where an entry is missing or is not what it should be."""
-    head = read(path, expected := "a head.pt of train_linear.py, or of a CE run of train_rep.py")
-    W, b = head.get("weight"), head.get("bias")
-    sizes, counts = [head.get("pixels"), head.get("resize")], head.get("counts")
-    text = ("backbone", "backbone_sha256", "arch", "dataset", "data", "list", "counts_of", "list_sha256", "name",
-            "protocol")
-    wrong = [name for name in text if not isinstance(head.get(name), str) or min(head[name], default=" ") < " "]
-    wrong += ["chosen"] * (not isinstance(head.get("chosen", ""), str))
-    if not (isinstance(W, torch.Tensor) and isinstance(b, torch.Tensor) and W.dtype == b.dtype == torch.float32 and
-            W.ndim == 2 and len(W) and b.shape == W.shape[:1] and W.isfinite().all() and b.isfinite().all()):
-        wrong.append("weight or bias")
-    if not (isinstance(counts, list) and len(counts) and all(type(n) is int and 0 <= n < 2**40 for n in counts)):
-        wrong.append("counts")
-    if not all(type(n) is int and 0 < n <= 2048 for n in sizes):
-        wrong.append("pixels or resize")
-    if not all(isinstance(x, (tuple, list)) and len(x) == 3 and all(type(v) is float and math.isfinite(v) for v in x)
-               for x in (head.get("mean"), head.get("std"))) or 0 in head["std"]:
-        wrong.append("mean or std")
-    if not wrong and (head["arch"] not in ARCHS or head["dataset"] not in data.DATASETS):
-        wrong.append("arch or dataset")
-    if wrong:
-        raise InputError(f"{path}: not a head.pt ({wrong[0]} is missing or none); expected {expected}")
-    return head
+    """A head.pt of train_rep.py or train_linear.py: a linear classifier, weight (C, D) and bias (C,), and of what."""
+    return torch.load(path, map_location="cpu", weights_only=True)

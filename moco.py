@@ -1,17 +1,22 @@
 """
 Momentum contrast: a query encoder, a key encoder that follows it, a queue of earlier keys with their labels.
 
-    moco = MoCo(torchvision.models.resnet50)                      # the optimizer gets moco.encoder_q.parameters()
-    moco.fill_queue(batches)                                      # or start from random keys without labels
-    moco.update_key_encoder()                                     # 1. key encoder <- m key + (1 - m) query
-    keys, key_labels = moco.keys(im_k, y)                         # 2. keys of all ranks, without gradient
-    q, k = F.normalize(moco.encoder_q(im_q)), moco.own(keys)      # 3. queries, with gradient, and the keys beside them
-    kcl_loss(q, k, moco.queue, y, moco.queue_labels).backward()   # 4. the queue as it was before this batch
-    moco.enqueue(keys, key_labels)                                # 5. only now: the loss no longer needs the old queue
+    moco = MoCo(torchvision.models.resnet50, dim=128, K=65536, m=0.999)
+    optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=0.1, momentum=0.9)
+    for im_q, im_k, labels in batches:                                    # two views of (B, 3, H, W) images
+        moco.update_key_encoder()                                         # 1. key encoder <- m key + (1 - m) query
+        keys, key_labels = moco.keys(im_k, labels)                        # 2. keys of all ranks, without gradient
+        q, k = F.normalize(moco.encoder_q(im_q)), moco.own(keys)          # 3. queries, and the keys beside them
+        loss = kcl_loss(q, k, moco.queue, labels, moco.queue_labels)      # 4. the queue as it was before this batch
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        moco.enqueue(keys, key_labels)                                    # 5. only now: in the queue a query's own key
+                                                                          # would count twice, and could be drawn
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020; labels in the queue as KCL
-(ICLR 2021, App. A) needs them. Not itself wrapped in DistributedDataParallel: wrap `encoder_q`, the only part with
-gradients, so that the queue is not broadcast each step. Every rank holds the same queue. Needs torch and ddp.py.
+(ICLR 2021, App. A) needs them. Wrap `encoder_q` alone in DistributedDataParallel, not the MoCo, whose queue would be
+broadcast in each step: every rank holds the same queue as it is. Needs torch and ddp.py.
 """
 import torch
 import torch.nn as nn
@@ -41,13 +46,13 @@ class MoCo(nn.Module):
     dim: d, the embedding; K: slots in the queue, any number; m: momentum of the key encoder
     mlp: MoCo v2's two-layer head in place of the linear one
     seed: of the shuffle across ranks; the same on every rank
-    micro_batches: J, the parts that each rank's batch is encoded in. W ranks then do what V = W J ranks with one part
-    each would: BatchNorm sees one part, the shuffle goes over all, and the queue has the order of V ranks. Virtual rank
-    v = r + W j is part j of rank r, images j, j + J, ... of its batch, or v, v + V, ... of the batch of all ranks"""
+    parts: J, the parts that each rank's batch of b J images is encoded in, one by one. W ranks do what W J ranks with
+        one part each would do: BatchNorm sees b images, the shuffle goes over all parts, and the queue has the order of
+        W J ranks. Virtual rank v = r + W j is part j of rank r: images j, j + J, ... of its batch."""
 
-    def __init__(self, encoder, dim=128, K=65536, m=0.999, mlp=False, seed=0, micro_batches=1):
+    def __init__(self, encoder, dim=128, K=65536, m=0.999, mlp=False, seed=0, parts=1):
         super().__init__()
-        self.K, self.m, self.micro_batches = K, m, micro_batches
+        self.K, self.m, self.parts = K, m, parts
         self.encoder_q, self.encoder_k = with_head(encoder, dim, mlp), with_head(encoder, dim, mlp)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
@@ -70,37 +75,41 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def keys(self, im_k, labels, prepare=lambda x: x):
-        """Unit keys (W b, d) and labels (W b,) of the images of all W ranks, by (virtual) rank; own() takes a rank's.
+        """Unit keys (W J b, d) and labels (W J b,) of the images of all ranks, by virtual rank; own() takes a share.
 
-        im_k (b, 3, H, W') and labels (b,) int64 of this rank, the same b on all; prepare: what turns the images into
-        the encoder's input, after they have travelled (as uint8, if they come so). They are shuffled across ranks
-        first and the keys put back in order: a query and its key must not share their BatchNorm batch, through which
-        the encoder could otherwise tell which belong together.
+        im_k (J b, 3, H, W') and labels (J b,) int of this rank, equally many on all ranks. prepare: what turns images
+        into the encoder's input, after they have travelled as uint8.
+        The images are shuffled over all virtual ranks, encoded, and the keys put back in order: a query and its key
+        must not share their BatchNorm batch, through which the encoder could tell that they belong together. One rank
+        with one part has one batch only, so there they share it.
 
-        A rank receives of each batch (W - 1) / W * b * 3 * H * W' bytes of uint8 images on average, in an all-to-all,
-        and (W - 1) * b * (4 d + 8) bytes of keys and labels, in one all-gather: for 8 ranks of 32 images at 224 px
-        4.2 MB and 0.12 MB. The first does not grow with W; the second does, with the batch of all ranks.
+        A rank receives (W - 1) / W of J b images on average and all other ranks' keys and labels: for 8 ranks of 32
+        images at 224 px 4.2 MB, whatever W is, and 0.12 MB, which grow with W.
         """
-        W, J, b = ddp.world(), self.micro_batches, len(im_k) // self.micro_batches
+        W, J, b = ddp.world(), self.parts, len(im_k) // self.parts
         order = torch.randperm(W * J * b, generator=self.shuffle)         # image i of virtual rank v is number v b + i
         wanted = order.view(J, W, b).transpose(0, 1).reshape(W, J * b)    # row r: the images that rank r encodes
         v, i = wanted // b, wanted % b
         images = ddp.exchange(im_k, owner=v % W, place=i * J + v // W)
+
         k = []
         for j, part in enumerate(images.split(b)):
             keep_statistics(self.encoder_k, j > 0)                        # the running ones are virtual rank 0's
             k.append(F.normalize(self.encoder_k(prepare(part)).float()))
         keep_statistics(self.encoder_k, False)
-        labels = labels.long().view(b, J).T.reshape(-1, 1).view(torch.float32)  # (J b, 2): an int64 as two floats
-        packed = ddp.gather(torch.cat([torch.cat(k), labels], dim=1))               # (W J b, d + 2)
-        packed = packed.view(W, J, b, -1).transpose(0, 1).flatten(0, 2)   # by virtual rank
-        order = order.to(packed.device, non_blocking=True)                # no step waits for the device
-        keys = torch.empty_like(packed[:, :-2]).index_copy_(0, order, packed[:, :-2])
-        return keys, packed[:, -2:].contiguous().view(torch.int64).flatten()
+
+        def by_virtual_rank(x):
+            """(J b, ...) of each rank, part after part -> (W J b, ...) of all."""
+            return ddp.gather(x).view(W, J, b, *x.shape[1:]).transpose(0, 1).flatten(0, 2)
+
+        shuffled = by_virtual_rank(torch.cat(k))                          # (W J b, d)
+        order = order.to(shuffled.device, non_blocking=True)
+        keys = torch.empty_like(shuffled).index_copy_(0, order, shuffled)
+        return keys, by_virtual_rank(labels.reshape(b, J).T.flatten())
 
     def own(self, keys, j=0):
-        """This rank's share (b / J, ...) of what keys() gives: part j of its batch."""
-        return keys.chunk(ddp.world() * self.micro_batches)[ddp.rank() + ddp.world() * j]
+        """This rank's share (b, ...) of what keys() gives: part j of its batch."""
+        return keys.chunk(ddp.world() * self.parts)[ddp.rank() + ddp.world() * j]
 
     @torch.no_grad()
     def enqueue(self, keys, labels):

@@ -1,17 +1,24 @@
 """
-Encoders by name: torchvision's ResNets for photographs, the CIFAR-style ones for 32 px images; and the file that holds
-one. A file of its own because train_rep.py builds by these names what train_linear.py and evaluate.py read back.
+Encoders by name, and reading one from a file: ours, torchvision's, or another program's.
+
+    encoder = ARCHS["resnet50"](num_classes=128)                  # (B, 3, H, W) -> (B, 128)
+    encoder = load_backbone("moco_v2_800ep.pth.tar", "resnet50")  # (B, 3, H, W) -> features (B, 2048)
+
+Add your own architecture to ARCHS. Its last layer must be `fc`, an nn.Linear.
 """
+import argparse
+import copy
+import re
+import sys
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from baselines import branch
-from ddp import InputError, print0
-from reading import printable, read
+from ddp import print0
 
 
 class BasicBlock(nn.Module):
@@ -27,21 +34,18 @@ class BasicBlock(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.pad:  # option A of He et al.: a shortcut without parameters, subsampled, zeros for the new channels
-            x = F.avg_pool2d(x, 1, self.stride)  # x[:, :, ::stride, ::stride], whose gradient stays channels_last
+            x = F.avg_pool2d(x, 1, self.stride)  # equals x[:, :, ::stride, ::stride]; its gradient stays channels_last
             x = F.pad(x, (0, 0, 0, 0, self.pad // 2, self.pad - self.pad // 2))
         return F.relu(y + x)
 
 
 class CifarResNet(nn.Module):
-    """The 6n+2 layer ResNet for 32 px images, He et al. 2016 sec. 4.2; depth 32, width 16 is CIFAR-LT's standard.
+    """The ResNet of 6n+2 layers for images of 32 px (He et al. 2016, sec. 4.2): (B, 3, H, W) -> (B, num_classes)."""
 
-    (B, 3, H, W) -> (B, num_classes). Replace `fc` by nn.Identity() for the (B, 4 * width) features.
-    """
-
-    def __init__(self, depth, width=16, num_classes=10):
+    def __init__(self, depth, width=16, num_classes=10, stem_stride=1):
         super().__init__()
         n = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = self.stage(width, width, n, stride=1)               # (B, width, 32, 32)
         self.layer2 = self.stage(width, 2 * width, n, stride=2)           # (B, 2 width, 16, 16)
@@ -61,77 +65,97 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-# name -> constructor that takes num_classes, like torchvision's; add yours here
+# name -> constructor that takes num_classes
 ARCHS = {"resnet8": partial(CifarResNet, 8), "resnet20": partial(CifarResNet, 20), "resnet32": partial(CifarResNet, 32),
-         **{name: getattr(torchvision.models, name) for name in (
-             "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d")}}
+         "resnet8s": partial(CifarResNet, 8, stem_stride=2)}              # a fifth of resnet8's time: the digits'
+for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"):
+    ARCHS[name] = getattr(torchvision.models, name)
 
 
-# Where others keep an encoder: the entry of the file that holds its tensors, if it is not the file itself, and what
-# stands before their names. The first that fits is taken: of MoCo the query encoder, of DINO the teacher, as their own
-# protocols do.
-ENTRIES = ("state_dict", "teacher", "model")
-PREFIXES = (
-    "module.encoder_q.", "encoder_q.",    # MoCo v1 and v2, the paper's authors
-    "module.backbone.", "backbone.",      # Barlow Twins, VICReg, DINO; solo-learn, lightly
-    "module.encoder.", "encoder.",        # SupCon; solo-learn before 1.0
-    "module.", "")                        # the authors' supervised runs, SwAV; torchvision, timm, ours
-HEADS = ("fc.", "head.", "classifier.", "projector.", "projection_head.", "prototypes.")  # below the prefix: left out
+class Branches(nn.Module):
+    """A residual block and its copy: BBN's two branches (Zhou et al. 2020, sec. 4.2). `use` picks the conventional (0)
+    or the re-balanced one (1). None runs both and concatenates their channels."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.conventional, self.rebalanced, self.use = block, copy.deepcopy(block), None
+
+    def forward(self, x):
+        if self.use is None:
+            return torch.cat([self.conventional(x), self.rebalanced(x)], dim=1)
+        return self.rebalanced(x) if self.use else self.conventional(x)
+
+
+def branch(encoder):
+    """Double the last residual block of an encoder, in place: features become (B, 2 D). Returns the Branches."""
+    stage = getattr(encoder, "layer4", None) or encoder.layer3
+    stage[-1] = Branches(stage[-1])
+    return stage[-1]
+
+
+# ---- reading an encoder from a file
+
+ENTRIES = ("state_dict", "teacher", "model", "model_state_dict")          # of a checkpoint; DINO evaluates its teacher
+PREFIXES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")   # of an encoder's names, the first counts
+HEADS = ("fc", "head", "classifier", "projector", "projection_head", "prototypes")
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # in an nn.Sequential
 
+# what stands beside the tensors: arguments (timm, DINO, SupCon), learning rates of numpy (DINO, SwAV, SupCon)
+numpy_scalar = np.float64(0).__reduce__()[0]
+SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
+        (numpy_scalar, "numpy.core.multiarray.scalar"), (numpy_scalar, "numpy._core.multiarray.scalar")]
 
-def encoder_in(content):
-    """From what a file holds: the dictionary with the tensors of an encoder, {torchvision's name: its name in there}
-    without those of a head, and the prefix that is the difference. Raises StopIteration where there is no encoder."""
-    state = next((content[entry] for entry in ENTRIES if isinstance(content.get(entry), dict)), content)
-    prefix = next(p for p in PREFIXES if f"{p}conv1.weight" in state or f"{p}0.weight" in state)
-    found = {str(name).removeprefix(prefix): name for name in state if str(name).startswith(prefix)}
-    if "conv1.weight" not in found:
-        found = {CHILDREN.get(name[0], "?") + name[1:]: theirs for name, theirs in found.items()}
-    return state, {name: theirs for name, theirs in found.items() if not name.startswith(HEADS)}, prefix
+
+def read_weights(path):
+    """{name: tensor} from a .pt, .pth, .ckpt or .safetensors file, in a checkpoint from the first of ENTRIES."""
+    if str(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            sys.exit(f"error: {path} needs a package: `pip install safetensors`")
+        return load_file(path)
+
+    with torch.serialization.safe_globals(SAFE):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    weights = next((content[entry] for entry in ENTRIES if entry in content), content)
+    return {re.sub(r"\b(module|_orig_mod)\.", "", str(name)): x for name, x in weights.items()}  # DDP, torch.compile
 
 
 def load_backbone(path, arch):
-    """The encoder of `arch` without its fc, from a file of train_rep.py, torchvision, timm, MoCo, DINO, Barlow Twins,
-    VICReg, solo-learn or lightly (.pt, .pth, .ckpt, or .safetensors). Prints what was matched and what was left out.
+    """The encoder of architecture `arch` without its fc, (B, 3, H, W) -> features (B, D), from a file of ours,
+    torchvision, timm, MoCo, DINO, Barlow Twins, VICReg, SwAV, SupCon, solo-learn or lightly.
 
-    Maps (B, 3, H, W) to features (B, D). Raises InputError where any tensor but those of a head is missing, too many,
-    of another shape, or not finite: a half-loaded backbone must not go unnoticed.
+    Every tensor but those of a head must be there in its shape. Prints what was matched and what was left out.
     """
-    if arch not in ARCHS:
-        raise InputError(f"{arch}: no such architecture; expected one of {', '.join(ARCHS)}")
-    expected = ("a backbone.pt, which train_rep.py writes, or another ResNet's checkpoint (README, From and to other "
-                "programs)")
-    content = read(path, expected)
-    try:
-        state, names, prefix = encoder_in(content)
-    except StopIteration:
-        raise InputError(f"{path}: not a plain state_dict, nor one below a known prefix; expected {expected}") from None
+    weights = read_weights(path)
+    prefix = next((p for p in PREFIXES if f"{p}conv1.weight" in weights or f"{p}0.weight" in weights), None)
+    if prefix is None:
+        beginnings = sorted({name.split(".")[0] for name in weights})
+        sys.exit(f"error: {path} has no conv1.weight, by itself or below {', '.join(PREFIXES[:-1])}; its names begin "
+                 f"with {', '.join(beginnings)}")
+
     encoder = ARCHS[arch]()
     encoder.fc = nn.Identity()
-    if any(".rebalanced." in name for name in names):  # of BBN: features (B, 2 D)
+    if any(".rebalanced." in name for name in weights):                   # of BBN: features (B, 2 D)
         branch(encoder)
-    own = encoder.state_dict()
+    expected = encoder.state_dict()
+    state = {name: x for name, x in expected.items() if name.endswith("num_batches_tracked")}  # old files lack these
 
-    def fits(name):
-        x = state.get(names.get(name))
-        return (isinstance(x, torch.Tensor) and x.shape == own[name].shape and
-                x.is_floating_point() == own[name].is_floating_point())
+    left_out = []
+    for name, x in weights.items():
+        child, dot, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and child not in HEADS:
+            state[CHILDREN.get(child, child) + dot + rest] = x
+        else:
+            left_out.append(name)
 
-    # old files lack BatchNorm's step counters, which nothing here reads
-    missing = [name for name in own if not fits(name) and (name in names or not name.endswith("num_batches_tracked"))]
-    extra = [name for name in names if name not in own]
-    if missing or extra:
-        raise InputError(f"{path} does not fit --arch {arch}: {len(missing)} of its {len(own)} tensors missing or of "
-                         f"another shape, {len(extra)} unknown (first: {printable((missing + extra)[0])}); name the "
-                         "architecture that it was trained with")
-    if broken := [name for name in names if not state[names[name]].float().isfinite().all()]:
-        raise InputError(f"{path}: {printable(names[broken[0]])} holds numbers that are not finite; expected "
-                         "a trained backbone")
-    encoder.load_state_dict({**own, **{name: state[names[name]] for name in names}})
-    taken = set(names.values())
-    left_out = [name for name in state if name not in taken]
-    print0(f"{path}: {len(names)} of {len(own)} tensors matched" + f" after removing `{prefix}`" * bool(prefix) +
-           f"; left out: {', '.join(map(printable, left_out[:4]))}{', ...' * (len(left_out) > 4)} ({len(left_out)})" *
-           bool(left_out))
+    for name in expected | state:
+        found, wanted = (tuple(x[name].shape) if name in x else "absent" for x in (state, expected))
+        if found != wanted:
+            sys.exit(f"error: {path} does not fit {arch}: {name} is {found} in the file and {wanted} in {arch}; "
+                     "name the architecture of the file, or add it to ARCHS in resnet.py")
+    encoder.load_state_dict(state)
+    below = f" below {prefix}" if prefix else ""
+    print0(f"{path}: {len(weights) - len(left_out)} of {len(expected)} tensors matched{below}; "
+           f"{len(left_out)} left out: {', '.join(left_out[:4]) or 'none'}")
     return encoder

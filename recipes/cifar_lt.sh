@@ -25,7 +25,7 @@ for dataset in cifar10 cifar100; do
         python train_rep.py --loss ce   $lt       --out $run-ce                                         # 0.2 h
         python train_rep.py --loss ldam $lt --drw --out $run-ldam-drw                                   # 0.2 h
         python train_rep.py --loss kcl  $lt       --out $run-kcl                                        # 0.4 h
-        [ -e $run-kcl/linear-lt/head.pt ] || python train_linear.py $run-kcl/backbone.pt --lr 30 --seed $SEED
-        python evaluate.py $run-ce/head.pt $run-ldam-drw/head.pt $run-kcl/linear-lt/head.pt --pictures none
+        python train_linear.py $run-kcl/backbone.pt --lr 30 --seed $SEED
+        python evaluate.py $run-ce/head.pt $run-ldam-drw/head.pt $run-kcl/linear-lt/head.pt
     done
 done

@@ -3,10 +3,10 @@
 # on the balanced set. A picture without numbers; to look for: CE's accuracy and balancedness fall with alpha, CL's do
 # not.
 #
-# Data: $IMAGENET as in table2_imagenet_lt.sh; make_lt.py writes the lists of App. B (LT0 has 116 images a class, the
-# paper's 115: make_lt.py --lt0 authors).
+# Data: $IMAGENET as in table2_imagenet_lt.sh; make_lt.py writes the lists of App. B (LT0 has 116 images a class by App.
+# B's formula, 115 in the authors' table: make_lt.py --lt0 authors).
 # 15 hours on 8 A100, estimated, not run here: images x epochs at 16,621 images/s (CE), 12,404 (CL) and 21,744 (stage 2:
-# three times TF32 training, since it runs forward alone), if the images come as fast; README, Performance.
+# three times TF32 training, since it runs forward alone), if the images come as fast; results/bench.md.
 # Run again, it goes on where it stopped; a finished run or classifier is kept. SMOKE=1 tries every line in small.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,9 +24,9 @@ for alpha in $ALPHAS; do
         lr=30; [ $loss != ce ] || lr=0.1
         $torchrun train_rep.py --loss $loss --data $IMAGENET --list $list --virtual-gpus 8 --amp --seed $SEED \
             --out $run                                                                                  # 0.2 h, 0.5 h
-        [ -e $run/linear-rep/head.pt ] ||
-            $torchrun train_linear.py $run/backbone.pt --protocol rep --lr $lr --seed $SEED             # 0.2 h, 1.6 h
+        $torchrun train_linear.py $run/backbone.pt --protocol rep --lr $lr --seed $SEED             # 0.2 h, 1.6 h
         heads+=" $run/linear-rep/head.pt"
     done
 done
-$torchrun evaluate.py $heads --pictures $runs/fig2
+$torchrun evaluate.py $heads
+python tools/plots.py $heads --out $runs/fig2

@@ -6,7 +6,7 @@
 #
 # Data: $IMAGENET as in table2_imagenet_lt.sh; make_lt.py writes the authors' halves into overlap_source/ and so on.
 # 1 hour on 8 A100, estimated, not run here: images x epochs at 16,621 images/s and 21,744 (stage 2: three times TF32
-# training, since it runs forward alone), if the images come as fast; README, Performance.
+# training, since it runs forward alone), if the images come as fast; results/bench.md.
 # Run again, it goes on where it stopped; a finished run or classifier is kept. SMOKE=1 tries every line in small.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,8 +22,8 @@ for alpha in $ALPHAS; do
     run=$runs/imagenet-overlap-$alpha-ce
     $torchrun train_rep.py --loss ce --data $IMAGENET --list $list --virtual-gpus 8 --amp --seed $SEED \
         --out $run                                                                                          # 0.1 h
-    [ -e $run/target/head.pt ] || $torchrun train_linear.py $run/backbone.pt --protocol rep --lr 0.1 --seed $SEED \
+    $torchrun train_linear.py $run/backbone.pt --protocol rep --lr 0.1 --seed $SEED \
         --list overlap_target/train_full.txt --out $run/target                                              # 0.1 h
     heads+=" $run/target/head.pt"
 done
-$torchrun evaluate.py $heads --pictures $runs/fig3
+$torchrun evaluate.py $heads

@@ -5,7 +5,7 @@
 #
 # Data: $IMAGENET as in table2_imagenet_lt.sh.
 # 5 hours on 8 A100, estimated, not run here: images x epochs at 12,404 images/s and 21,744 (stage 2: three times TF32
-# training, since it runs forward alone), if the images come as fast; README, Performance.
+# training, since it runs forward alone), if the images come as fast; results/bench.md.
 # Run again, it goes on where it stopped; a finished run or classifier is kept. SMOKE=1 tries every line in small.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,8 +25,7 @@ for k in $KS; do
 done
 heads=
 for name in $names; do
-    [ -e $runs/$name/linear-lt/head.pt ] ||
-        $torchrun train_linear.py $runs/$name/backbone.pt --lr 30 --seed $SEED                              # 0.15 h
+    $torchrun train_linear.py $runs/$name/backbone.pt --lr 30 --seed $SEED                              # 0.15 h
     heads+=" $runs/$name/linear-lt/head.pt"
 done
-$torchrun evaluate.py $heads --list ImageNet_LT_val.txt --pictures $runs/fig5
+$torchrun evaluate.py $heads --list ImageNet_LT_val.txt

@@ -9,13 +9,13 @@ ALPHAS="lt0 lt" KS=2 IMBALANCES=100  # of each loop less
 
 short() {  # the flags for a command; of a flag that is said twice the last counts
     case $1 in
-        train_rep.py) echo --epochs 1 --arch resnet8 --batch 4 --queue 16 --virtual-gpus 1 ;;
+        train_rep.py) echo --epochs 1 --arch resnet8s --batch 4 --queue 16 --virtual-gpus 1 ;;
         train_linear.py) echo --epochs 1 --batch 4 ;;
         transfer_det.py) echo --iterations 2 --batch 2 --accumulate 1 --precise-bn 1 ;;
     esac
     case $* in
-        make_lt.py*) ;;
-        train*cifar*) echo --batch 32 ;;  # in memory, without workers: told of them it would go another way
+        make_lt.py*|tools*) ;;
+        train*cifar*) echo --batch 32 ;;  # in memory, without workers
         *) echo --workers 0 ;;
     esac
 }

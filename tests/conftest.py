@@ -2,7 +2,6 @@ import importlib
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 
 import ddp
 import make_lt
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -26,22 +27,17 @@ def digits(tmp_path_factory):
 def copy(tmp_path_factory):
     """A clean copy of the project in which commands can be run."""
     root = tmp_path_factory.mktemp("project") / "kcl"
-    shutil.copytree(Path(__file__).parent.parent, root, ignore=shutil.ignore_patterns(".git", ".venv", "data", "runs", "__pycache__", ".*cache"))
+    left_out = shutil.ignore_patterns(".git", ".venv", "data", "runs", "__pycache__", ".*cache")
+    shutil.copytree(ROOT, root, ignore=left_out)
     return root
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """script(train_rep, "--loss", "kcl", ...): run a script's main in this process as its command line would.
-    Bad input arrives as SystemExit with its sentence."""
+    """script(train_rep, "--loss", "kcl", ...): a script's main in this process, as its command line would run it."""
     def run(module, *args):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-        try:
-            ddp.run(module.main)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        ddp.run(module.main)
     return run
 
 
@@ -62,13 +58,12 @@ def ranks(tmp_path):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        output = tmp_path / f"ranks-{port}.txt"
-        forks = [multiprocessing.get_context("fork").Process(target=as_rank, args=(r, world, port, module, args, output))
-                 for r in range(world)]
-        for fork in forks:
-            fork.start()
-        for fork in forks:
-            fork.join()
-        assert not any(fork.exitcode for fork in forks), output.read_text()[-3000:]
+        output, fork = tmp_path / f"ranks-{port}.txt", multiprocessing.get_context("fork")
+        forks = [fork.Process(target=as_rank, args=(r, world, port, module, args, output)) for r in range(world)]
+        for process in forks:
+            process.start()
+        for process in forks:
+            process.join()
+        assert not any(process.exitcode for process in forks), output.read_text()[-3000:]
         return output.read_text()
     return run

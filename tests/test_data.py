@@ -1,237 +1,290 @@
-"""Splits, list files and samplers against published counts, literal loops and frequencies."""
-import hashlib
+"""Lists, decoding, augmentations, draws and batches against PIL, torchvision, literal loops and one process."""
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 import data
 import ddp
-import make_lt
-from ddp import InputError
-from digits import clutter
 
-# ---- splits
-
-@pytest.mark.parametrize("alpha, published", [
-    (0.0, (116, 116, 116_000)), (0.2, (204, 67, 115_885)), (0.4, (343, 37, 115_801)), (0.6, (553, 20, 115_836)),
-    (0.8, (857, 10, 115_852)), (1.0, (1279, 5, 115_846))])
-def test_alpha_counts_give_the_papers_table(alpha, published):
-    """Table 8; its last row says 1280, but the largest class of the list itself, whose total it gives, has 1279."""
-    counts = [int(line) for line in (make_lt.EMBEDDED / "imagenet_lt_counts.txt").read_text().split()]
-    n = make_lt.alpha_counts(counts, alpha)
-    assert (max(n), min(n), sum(n)) == published
-    if alpha == 1:
-        assert n == counts
-        group = data.groups(n)
-        assert [group.count(g) for g in ("many", "medium", "few")] == [385, 479, 136]
+DIGITS = data.DATASETS["digits"]
+SPEC = dict(pixels=32, resize=40)
 
 
-def test_exponential_counts_are_cifar_lts():
-    """The counts that CIFAR-10-LT is published with: 12,406 / 20,431 images at imbalance 100 / 10."""
-    n = make_lt.exponential_counts(10, 5000, 100)
-    assert n == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50] and sum(n) == 12_406
-    assert sum(make_lt.exponential_counts(10, 5000, 10)) == 20_431
+def photo(w=90, h=70, seed=0, mode="RGB"):
+    """Something smooth in colour."""
+    small = np.random.RandomState(seed).randint(0, 256, (6, 6, len(mode)), np.uint8)
+    bands = [Image.fromarray(small[:, :, i]).resize((w, h), Image.BICUBIC) for i in range(len(mode))]
+    return Image.merge(mode, bands)
 
 
-def test_group_boundaries():
-    assert data.groups([1280, 101, 100, 20, 19, 1]) == ["many", "many", "medium", "medium", "few", "few"]
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
 
 
-def test_digits_lists(digits):
-    lists = {f.stem: f.read_text().splitlines() for f in digits.glob("*.txt")}
-    count = {name: torch.bincount(torch.tensor([int(line.split()[1]) for line in lines])).tolist()
-             for name, lines in lists.items()}
-    assert count["train_full"] == [350] * 10 and count["val"] == [50] * 10 and count["test"] == [100] * 10
-    base = make_lt.exponential_counts(10, 350, 100)
-    assert sorted(count["train_lt"], reverse=True) == base == [350, 209, 125, 75, 45, 27, 16, 9, 5, 3]
-    assert count["train_lt"] != base  # the order of the classes is shuffled
-    for name, alpha in (("lt0", 0), ("lt2", 0.2), ("lt4", 0.4), ("lt6", 0.6), ("lt8", 0.8)):
-        assert count[f"train_{name}"] == make_lt.alpha_counts(count["train_lt"], alpha)
-    for lines in lists.values():
-        assert len(set(lines)) == len(lines) and all((digits / line.split()[0]).exists() for line in lines)
-    for a, b in (("train_lt", "train_lt8"), ("train_lt8", "train_lt6"), ("train_lt0", "train_lt")):  # maximal reuse
-        shared = len(set(lists[a]) & set(lists[b]))
-        assert shared == sum(map(min, zip(count[a], count[b])))
-    assert not set(lists["val"]) & set(lists["train_full"])
+def pixels(image):
+    """PIL -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def test_digits_are_the_same_everywhere(digits):
-    """Same seed, same pixels and lists, on any platform; another seed, others."""
-    pixels = hashlib.sha256(b"".join(np.asarray(Image.open(f)).tobytes() for f in sorted(digits.glob("test/*/*.png"))))
-    lists = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(digits.glob("*.txt"))))
-    assert (pixels.hexdigest()[:16], lists.hexdigest()[:16]) == ("ece1624d7f5af613", "3e5a0ab97aacca49")
+@pytest.fixture
+def photos(tmp_path):
+    """Eight JPEGs of two classes and their list, l.txt."""
+    for i in range(8):
+        photo(seed=i).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "l.txt").write_text("".join(f"{i}.jpg {i % 2}\n" for i in range(8)))
+    return tmp_path
 
 
-def test_no_digit_serves_two_splits(tmp_path, monkeypatch):
-    """Neither as the digit nor as a fragment: clutter() is handed one split's digits only."""
-    seen = {}
-
-    def record(digits, i, rng):
-        if len(digits) not in seen:
-            seen[len(digits)] = {d.tobytes() for d in digits}
-        return np.zeros((32, 32), np.uint8)
-    monkeypatch.setattr("digits.clutter", record)
-    make_lt.make_digits(tmp_path / "set", seed=3)
-    assert sorted(seen) == [500, 1000, 3500]
-    assert len(set.union(*seen.values())) == sum(len(s) for s in seen.values()) == 5000
-
-
-def test_clutter_is_as_described():
-    """A 22 px digit plus fragments of other digits: without noise, no pixel of the digit is darkened."""
-    class NoNoise(np.random.RandomState):
-        def standard_normal(self, size):
-            return np.zeros(size)
-    digits = np.zeros((3, 28, 28), np.uint8)
-    digits[0] = 200
-    alone = clutter(digits, 0, NoNoise(0))
-    assert (alone == 200).sum() == 22 * 22 and set(np.unique(alone)) == {0, 200}
-    digits[1:] = 255
-    fragments = clutter(np.stack([np.zeros((28, 28), np.uint8), digits[1]]), 0, NoNoise(0))
-    assert 7 * 7 <= (fragments == 255).sum() <= 5 * 7 * 7
-    noisy = np.stack([clutter(np.full((2, 28, 28), 128, np.uint8), 0, np.random.RandomState(i))[12:20, 12:20]
-                      for i in range(200)]) / 255
-    assert noisy.std() == pytest.approx(0.15, rel=0.03)
+def of_ranks(monkeypatch, world, f):
+    """[f() on rank 0, f() on rank 1, ...]"""
+    found = []
+    for rank in range(world):
+        monkeypatch.setattr(ddp, "world", lambda: world)
+        monkeypatch.setattr(ddp, "rank", lambda: rank)
+        found.append(f())
+    monkeypatch.undo()
+    return found
 
 
 # ---- lists
 
 def test_published_forms_of_list_lines(tmp_path):
-    (tmp_path / "l.txt").write_text("train/n01/x.JPEG 0\n/n01/y z.JPEG 1\r\nval/é.JPEG 2\n\n", encoding="utf-8")
+    (tmp_path / "l.txt").write_text("train/n01/x.JPEG 0\n/n01/y z.JPEG 1\r\nval/é.JPEG 2\n", encoding="utf-8")
     paths, labels = data.read_list(tmp_path, "l.txt")
     assert paths == ["train/n01/x.JPEG", "train/n01/y z.JPEG", "val/é.JPEG"] and labels.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("text, where", [("a.png 0\nb.png\n", "line 2"), ("a.png x\n", "line 1"),
-                                         ("a.png -1\n", "line 1"),
-                                         ("7\n", "line 1"), ("a.png 99999999999999999999\n", "line 1"), ("", "empty"), ("\n\n", "empty")])
-def test_broken_list_line_is_named(tmp_path, text, where):
-    (tmp_path / "l.txt").write_text(text)
-    with pytest.raises(InputError, match=where):
+@pytest.mark.parametrize("second", ["b.png", "b.png x", "b.png -1", "7"])
+def test_broken_list_line_and_missing_list_are_named(tmp_path, second):
+    (tmp_path / "l.txt").write_text(f"a.png 0\n{second}\n")
+    with pytest.raises(SystemExit, match=rf"l.txt, line 2: expected `relative/path label`, got `{second}`"):
         data.read_list(tmp_path, "l.txt")
+    with pytest.raises(SystemExit, match="nowhere.txt: no such list file"):
+        data.read_list(tmp_path, "nowhere.txt")
 
 
-def test_a_list_that_is_no_text(tmp_path):
-    (tmp_path / "l.txt").write_bytes(b"\xff\xfe\x00 1\n")
-    with pytest.raises(InputError, match="UTF-8"):
-        data.read_list(tmp_path, "l.txt")
+def test_lists_that_must_not_be_confused(tmp_path):
+    (tmp_path / "half").mkdir()
+    for name, images in (("l.txt", "ab"), ("val.txt", "c"), ("half/l.txt", "b"), ("half/val.txt", "a")):
+        (tmp_path / name).write_text("".join(f"{image} 0\n" for image in images))
+    data.refuse_overlap(tmp_path, "l.txt", "val.txt")
+    with pytest.raises(SystemExit, match=r"1 images of .*half/val.txt are in .*l.txt too \(first: a\)"):
+        data.refuse_overlap(tmp_path, "l.txt", "half/val.txt")
+
+    assert data.beside(tmp_path, "l.txt", "val.txt") == data.beside(tmp_path, "other/l.txt", "val.txt") == "val.txt"
+    assert data.beside(tmp_path, "half/l.txt", "val.txt") == "half/val.txt"
+
+    run = {"data": str(tmp_path), "list": "l.txt", "list_sha256": data.sha256(tmp_path / "l.txt")}
+    data.same_list(run)
+    data.same_list({**run, "data": "/nowhere"})  # a head.pt serves without its list
+    (tmp_path / "l.txt").write_text("a 0\n")
+    for changed in (run, {**run, "list": "val.txt", "counts_of": "l.txt"}):
+        with pytest.raises(SystemExit, match="/l.txt is another list than the one that was trained on"):
+            data.same_list(changed)
 
 
-def test_missing_folder_and_list(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
-        data.read_list(tmp_path / "nowhere", "l.txt")
-    with pytest.raises(InputError, match="l.txt: no such list file"):
-        data.read_list(tmp_path, "l.txt")
+def test_counts_and_groups():
+    assert data.class_counts(torch.tensor([0, 2, 2]), 5).tolist() == [1, 0, 2, 0, 0]
+    assert data.groups([1280, 101, 100, 20, 19, 1]) == ["many", "many", "medium", "medium", "few", "few"]
 
 
-# ---- images
+# ---- decoding
 
-@pytest.mark.parametrize("name", data.AUGMENTATIONS)
-def test_augmentations_make_squares_of_any_image(name):
-    for size in ((90, 60), (300, 400)):
-        out = data.augmentation(name, 64)(torch.zeros(3, *size, dtype=torch.uint8))
-        assert out.shape == (3, 64, 64) and out.dtype == torch.uint8
-
-
-@pytest.mark.parametrize("name", data.AUGMENTATIONS)
-def test_augmentations_are_uint8_and_depend_on_the_seed_only(digits, name):
-    images = data.ImageList(digits, "val.txt", data.augmentation(name, 32), num_views=2)
-    torch.manual_seed(0)
-    (a, b), label, index = images[7, 123]
-    after = torch.rand(1)
-    torch.manual_seed(0)
-    assert torch.equal(after, torch.rand(1))  # the caller's random stream did not move
-    assert a.dtype == torch.uint8 and a.shape == (3, 32, 32) and not torch.equal(a, b)
-    (c, d), *_ = images[7, 123]
-    assert torch.equal(a, c) and torch.equal(b, d) and (label, index) == (0, 7)
-    assert not torch.equal(a, images[7, 124][0][0])
+@pytest.mark.parametrize("options", [dict(quality=90), dict(quality=30, subsampling=0), dict(progressive=True)])
+def test_jpeg_decodes_as_with_pil(options):
+    """One level is what another version of the same library underneath may round otherwise."""
+    for image in (photo(), photo(81, 63, seed=1), photo().convert("L"), photo(mode="CMYK")):
+        content = encoded(image, "JPEG", **options)
+        assert (data.decode(content).int() - pixels(Image.open(io.BytesIO(content))).int()).abs().max() <= 1
 
 
-def test_normalize():
-    x = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+def test_other_formats_decode_exactly():
+    """The stored colours, alpha dropped, also where it is in the palette; EXIF's quarter turn is not applied."""
+    image, palette, rgba = photo(), photo().quantize(64), photo(mode="RGBA")
+    grey, exif = image.convert("L"), Image.Exif()
+    exif[0x112] = 6
+    for content, stored in ((encoded(image, "PNG"), image), (encoded(grey, "PNG"), grey),
+                            (encoded(rgba, "PNG"), rgba), (encoded(palette, "PNG"), palette),
+                            (encoded(palette, "PNG", transparency=3), palette),
+                            (encoded(palette, "GIF"), palette), (encoded(image, "BMP"), image)):
+        assert torch.equal(data.decode(content), pixels(stored))
+    assert data.decode(encoded(image, "JPEG", exif=exif)).shape == (3, 70, 90)
+    for deep in (np.full((4, 4), 999, np.uint16), np.ones((4, 4), np.float32)):
+        with pytest.raises(ValueError, match="more than 8 bits"):
+            data.decode(encoded(Image.fromarray(deep), "TIFF"))
+
+
+def test_an_image_that_does_not_decode_is_named(photos):
+    (photos / "1.jpg").write_bytes((photos / "1.jpg").read_bytes()[:-300])
+    with pytest.raises(RuntimeError, match="1.jpg of l.txt is missing or does not decode"):
+        data.ImageList(photos, "l.txt", SPEC)[1]
+
+
+# ---- transforms of one image
+
+def test_crop_and_flip_are_torchvisions_pixel_for_pixel():
+    """From the same random numbers, which they draw in the same order."""
+    image, ours = pixels(photo(200, 150)), data.augmentation("sup", 64)
+    theirs = v2.Compose([v2.RandomResizedCrop(64), v2.RandomHorizontalFlip()])
+    for seed in range(40):
+        out = []
+        for transform in (ours, theirs):
+            torch.manual_seed(seed)
+            out.append((transform(image), torch.rand(1)))
+        assert torch.equal(out[0][0], out[1][0]) and out[0][1] == out[1][1]
+
+
+def test_normalize(digits):
+    x = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
     y = data.normalize(x, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "cpu")
     assert y[1, 2, 3, 0].item() == pytest.approx((x[1, 2, 3, 0].item() / 255 - 0.3) / 0.7, rel=1e-5)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    train = np.stack([np.asarray(Image.open(f)) for f in sorted(digits.glob("train/*/*.png"))]) / 255
+    assert DIGITS["mean"] == pytest.approx([train.mean()] * 3, abs=1e-3)
+    assert DIGITS["std"] == pytest.approx([train.std()] * 3, abs=1e-3)
 
 
-def test_embedded_normalisation_is_that_of_the_set(digits):
-    pixels = np.stack([np.asarray(Image.open(f)) for f in sorted(digits.glob("train/*/*.png"))]) / 255
-    spec = data.DATASETS["digits"]
-    assert spec["mean"] == pytest.approx([pixels.mean()] * 3, abs=1e-3)
-    assert spec["std"] == pytest.approx([pixels.std()] * 3, abs=1e-3)
+# ---- augmentations of a batch
+
+def test_affine_is_torchvisions(digits):
+    """At the same angle, shift and scale: to one level."""
+    images = data.ImageList(digits, "val.txt", DIGITS)
+    images = torch.stack([images[i][0][0] for i in range(0, 500, 10)])    # (50, 3, 32, 32)
+    u = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
+    for image, (a, x, y, s), ours in zip(images, u.tolist(), data.affine(images, u)):
+        theirs = v2.functional.affine(image, 15 * (2 * a - 1), [round(3.2 * (2 * x - 1)), round(3.2 * (2 * y - 1))],
+                                      0.85 + 0.3 * s, [0.0, 0.0], v2.InterpolationMode.BILINEAR)
+        assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
-# ---- samplers
+def test_crop_flip_is_a_crop_of_the_padded_image():
+    images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8)
+    u = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+    for image, (y, x, flip), ours in zip(images, u.tolist(), data.crop_flip(images, u)):
+        theirs = v2.functional.crop(v2.functional.pad(image, 4), int(9 * y), int(9 * x), 32, 32)
+        assert torch.equal(ours, theirs if flip < 0.5 else theirs.flip(-1))
 
-LABELS = torch.tensor([0] * 1000 + [1] * 200 + [2] * 40)[torch.randperm(1240, generator=torch.Generator().manual_seed(0))]
 
+# ---- draws
 
-def drawn(kind, epochs, epoch):
-    """Class shares of the draws of one epoch, over 60 seeds."""
-    draws, count = data.Draws(LABELS, kind, batch=10, epochs=epochs), torch.zeros(3)
-    for seed in range(60):
-        draws.seed = seed
-        draws.set_epoch(epoch)
-        count += torch.bincount(LABELS[[i for i, _ in draws]], minlength=3)
-    return count / count.sum()
+COUNTS = (1000, 200, 40)
+LABELS = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
+LABELS = LABELS[torch.randperm(1240, generator=torch.Generator().manual_seed(0))]
 
 
 @pytest.mark.parametrize("kind, epoch, expected", [
-    ("instance", 0, [1000 / 1240, 200 / 1240, 40 / 1240]), ("class", 0, [1 / 3] * 3),
-    ("sqrt", 0, [math.sqrt(n) / (math.sqrt(1000) + math.sqrt(200) + math.sqrt(40)) for n in (1000, 200, 40)]),
-    ("progressive", 0, [1000 / 1240, 200 / 1240, 40 / 1240]),
-    ("progressive", 25, [0.75 * n / 1240 + 0.25 / 3 for n in (1000, 200, 40)]),
-    ("progressive", 99, [0.01 * n / 1240 + 0.99 / 3 for n in (1000, 200, 40)]),
-    ("reversed", 0, [1 / n / (1 / 1000 + 1 / 200 + 1 / 40) for n in (1000, 200, 40)])])
-def test_sampler_frequencies(kind, epoch, expected):
-    share, n = drawn(kind, epochs=100, epoch=epoch), 60 * 1240
-    for s, p in zip(share.tolist(), expected):
-        assert s == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / n))
-
-
-def test_balanced_sampler_is_uniform_inside_a_class():
-    draws, count = data.Draws(LABELS, "class", batch=10), torch.zeros(len(LABELS))
-    for epoch in range(300):
+    ("class", 0, [1 / 3] * 3), ("sqrt", 3, [math.sqrt(n) / sum(map(math.sqrt, COUNTS)) for n in COUNTS]),
+    ("progressive", 0, [n / 1240 for n in COUNTS]), ("progressive", -1, [n / 1240 for n in COUNTS]),
+    ("progressive", 25, [0.75 * n / 1240 + 0.25 / 3 for n in COUNTS]),
+    ("progressive", 99, [0.01 * n / 1240 + 0.99 / 3 for n in COUNTS]),
+    ("reversed", 0, [1 / n / sum(1 / n for n in COUNTS) for n in COUNTS])])
+def test_draws_have_their_class_probabilities_and_are_uniform_inside_a_class(kind, epoch, expected):
+    draws, count, n = data.Draws(LABELS, kind, batch=10, epochs=100), torch.zeros(1240), 20 * 1240
+    for seed in range(20):
+        draws.seed = seed
         draws.set_epoch(epoch)
-        count += torch.bincount(torch.tensor([i for i, _ in draws]), minlength=len(LABELS))
-    tail = count[LABELS == 2]
-    p = 1 / 3 / 40
-    assert (tail / (300 * 1240) - p).abs().max() < 5 * math.sqrt(p / (300 * 1240))
+        count += torch.bincount(torch.tensor([i for i, _ in draws]), minlength=1240)
+    assert draws.class_probabilities(kind).tolist() == pytest.approx(expected, rel=1e-12)
+    for c, p in enumerate(expected):
+        mine = count[LABELS == c]
+        assert mine.sum().item() / n == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / n))
+        chi2, dof = ((mine - mine.mean()) ** 2 / mine.mean()).sum(), len(mine) - 1
+        assert abs(chi2 - dof) < 5 * math.sqrt(2 * dof)
 
 
-def test_instance_epoch_has_every_image_once_and_epochs_differ():
-    draws = data.Draws(LABELS, "instance", batch=10)
-    first = [i for i, _ in draws]
-    assert sorted(first) == list(range(1240)) and first == [i for i, _ in draws]
-    draws.set_epoch(1)
-    assert first != [i for i, _ in draws]
-    assert len(data.Draws(LABELS, "instance", batch=100)) == 1200  # the last, short batch is left out
+def test_an_instance_epoch_has_every_image_once():
+    draws, epochs = data.Draws(LABELS, "instance", batch=10), []
+    for epoch in (0, 1, 0):
+        draws.set_epoch(epoch)
+        epochs.append(list(draws))
+        assert sorted(i for i, _ in epochs[-1]) == list(range(1240))
+    order, seeds = zip(*[zip(*epoch) for epoch in epochs])
+    assert epochs[0] == epochs[2] and order[0] != order[1] and not set(seeds[0]) & set(seeds[1])
+    assert epochs[0] != list(data.Draws(LABELS, "instance", batch=10, seed=1))
+    assert len(data.Draws(LABELS, "instance", batch=100)) == 1200         # the last, short batch is left out
 
 
-@pytest.mark.parametrize("kind", ["instance", "class", "sqrt", "progressive", "reversed"])
+@pytest.mark.parametrize("kind", ["instance", "class", "progressive", "bilateral"])
 @pytest.mark.parametrize("world", [2, 5])
-def test_ranks_share_one_sequence(monkeypatch, kind, world):
-    """Rank r takes each world-th draw: no draw twice, and global batch s is the one that a single rank would see."""
-    alone = list(data.Draws(LABELS, kind, batch=20, epochs=10))
-    monkeypatch.setattr(ddp, "world", lambda: world)
-    shares = []
-    for rank in range(world):
-        monkeypatch.setattr(ddp, "rank", lambda: rank)
+def test_ranks_share_the_batches_of_one_process(monkeypatch, kind, world):
+    def draws():
         draws = data.Draws(LABELS, kind, batch=20, epochs=10)
-        shares.append(list(draws))
-        assert len(draws) == len(shares[-1]) == 1240 // world
-    assert [pair for row in zip(*shares) for pair in row] == alone
-    for s in (0, 17):
-        together = sum((share[s * 20 // world:(s + 1) * 20 // world] for share in shares), [])
-        assert sorted(together) == sorted(alone[s * 20:(s + 1) * 20])
+        batches = torch.tensor(list(draws)).view(62, -1, 2)               # (steps, b, 2)
+        assert draws.per_rank == batches.shape[1] and len(draws) == batches.shape[0] * batches.shape[1]
+        return batches
+    alone, shares = draws(), of_ranks(monkeypatch, world, draws)
+    streams = 2 if kind == "bilateral" else 1
+    shares = [share.view(62, streams, 20 // world, 2) for share in shares]
+    assert torch.equal(torch.stack(shares, 3).flatten(1, 3), alone)       # rank r has each world-th draw of a stream
 
 
-def test_sampler_refuses_what_it_cannot_draw(monkeypatch):
-    with pytest.raises(InputError, match="class 1 has no image"):
+def test_bilateral_halves_are_the_two_samplers():
+    both = torch.tensor(list(data.Draws(LABELS, "bilateral", batch=20))).view(62, 2, 20, 2)
+    for half, kind in enumerate(("instance", "reversed")):
+        assert torch.equal(both[:, half].flatten(0, 1), torch.tensor(list(data.Draws(LABELS, kind, batch=20))))
+
+
+def test_draws_refuse_what_they_cannot_draw(monkeypatch):
+    with pytest.raises(SystemExit, match="class 1 has no image"):
         data.Draws(torch.tensor([0, 0, 2, 2]), "class", batch=2)
-    with pytest.raises(InputError, match="fewer than one batch"):
+    with pytest.raises(SystemExit, match="1240 images, fewer than --batch 2000"):
         data.Draws(LABELS, "instance", batch=2000)
-    monkeypatch.setattr(ddp, "world", lambda: 3)
-    with pytest.raises(InputError, match="must divide"):
-        data.Draws(LABELS, "instance", batch=10)
+    with pytest.raises(SystemExit, match="must divide"):
+        of_ranks(monkeypatch, 3, lambda: data.Draws(LABELS, "instance", batch=10))
+
+
+# ---- batches
+
+@pytest.mark.parametrize("aug, workers", [("sup", 0), ("sup", 2), ("lt", 0), ("moco", 0), ("mocov2", 0)])
+def test_batches_hold_the_items_however_many_workers(photos, aug, workers):
+    """An item depends on its draw's seed alone, and takes nothing from the run's own random stream."""
+    images = data.ImageList(photos, "l.txt", SPEC, aug, num_views=2)
+    draws = data.Draws(images.labels, "instance", 4)
+    keys, loader = list(draws), data.train_loader(images, draws, workers, torch.device("cpu"))
+    before = torch.get_rng_state()
+    for step, (views, labels, index) in enumerate(loader):
+        for row, key in enumerate(keys[4 * step:4 * step + 4]):
+            expected, label, i = images[key]
+            assert (labels[row], index[row]) == (label, i) == (key[0] % 2, key[0])
+            assert torch.equal(views[0][row], expected[0]) and torch.equal(views[1][row], expected[1])
+            assert not torch.equal(*expected) and not torch.equal(expected[0], images[i, key[1] + 1][0][0])
+        assert views[0].shape == (4, 3, 32, 32) and views[0].dtype == torch.uint8
+    assert step == 1 and len(loader) == 2 and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_every_image_once(photos, monkeypatch, workers):
+    images = data.ImageList(photos, "l.txt", SPEC)
+    seen = of_ranks(monkeypatch, 3, lambda: list(data.eval_loader(images, 2, workers)))
+    assert [[index.tolist() for *_, index in batches] for batches in seen] == [[[0, 3], [6]], [[1, 4], [7]], [[2, 5]]]
+    center = v2.Compose([v2.Resize(40), v2.CenterCrop(32)])(data.decode((photos / "4.jpg").read_bytes()))
+    assert torch.equal(seen[1][0][0][0][1], center)
+
+
+@pytest.mark.parametrize("aug", ["affine", "cifar"])
+def test_in_memory_augmentation_depends_on_the_draw_alone(digits, monkeypatch, aug):
+    """Two ranks' batches together are that of one process."""
+    images = data.ImageList(digits, "val.txt", DIGITS, aug, num_views=2)
+
+    def batches():
+        draws = data.Draws(images.labels, "class", 100)
+        return list(data.train_loader(images, draws, 0, torch.device("cpu")))
+    alone, shares = batches(), of_ranks(monkeypatch, 2, batches)
+    assert len(alone) == 5 and not torch.equal(*alone[0][0])
+    for whole, *parts in zip(alone, *shares):
+        for view in (0, 1):
+            assert torch.equal(torch.stack([part[0][view] for part in parts], 1).flatten(0, 1), whole[0][view])
+        assert torch.equal(torch.stack([part[2] for part in parts], 1).flatten(), whole[2])
+        assert torch.equal(images.labels[whole[2]], whole[1])
+
+    function, n = data.BATCHED[aug]
+    i, seed = next(iter(data.Draws(images.labels, "class", 100)))
+    u = torch.rand(1, 2 * n, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(alone[0][0][1][:1], function(images[i][0][0][None], u[:, n:]))

@@ -1,15 +1,14 @@
-"""Stage 2: heads side by side against each alone and a literal loop, cached features, what val chooses."""
+"""Stage 2: heads side by side against each alone and a literal loop, cached features, what val chooses, resuming."""
 import json
-import os
-import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import data
-import ddp
 import resnet
 import train_linear
 
@@ -18,16 +17,19 @@ LRS, DECAYS = (0.1, 30.0), (0.0, 0.05)
 
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
-    """A folder with an untrained backbone, a joint head, and a list of 108 images of all classes."""
+    """A folder with a random backbone, a joint head, and lists of 108 and 100 images of all classes."""
     root = tmp_path_factory.mktemp("run")
+    for name, source, every in (("small.txt", "train_lt0.txt", 8), ("val.txt", "val.txt", 5)):
+        lines = (digits / source).read_text().splitlines(keepends=True)
+        (root / name).write_text("".join(lines[::every]))
     torch.manual_seed(0)
     encoder = resnet.ARCHS["resnet8"]()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    encoder(images(digits, (root / "small.txt").read_text().splitlines()))  # BatchNorm sees them: classes come apart
     torch.save({n: x for n, x in encoder.state_dict().items() if n[:3] != "fc."}, root / "backbone.pt")
-    text = dict.fromkeys(("backbone", "backbone_sha256", "data", "list", "counts_of", "list_sha256", "name", "protocol"), "-")
-    torch.save({**text, "weight": encoder.fc.weight.detach().clone(), "bias": encoder.fc.bias.detach().clone(),
-                "arch": "resnet8", "dataset": "digits", "counts": [86] * 10, "pixels": 32, "resize": 32,
-                "mean": (0.179,) * 3, "std": (0.279,) * 3}, root / "head.pt")
-    (root / "small.txt").write_text("".join((digits / "train_lt0.txt").read_text().splitlines(keepends=True)[::8]))
+    torch.save({"weight": encoder.fc.weight.detach().clone(), "bias": torch.arange(10) / 10}, root / "head.pt")
     return root
 
 
@@ -43,157 +45,251 @@ def linear(script, digits, run, tmp_path, monkeypatch):
 
     def train(*args):
         out = tmp_path / f"out{len(made)}"
-        script(train_linear, run / "backbone.pt", "--arch", "resnet8", "--dataset", "digits", "--data", digits, "--list",
-               run / "small.txt", "--epochs", 2, "--batch", 50, "--out", out, *args)
+        script(train_linear, *command(run, digits), "--out", out, *args)
         return torch.load(out / "head.pt", weights_only=True), made[-1], out
     return train
 
 
-def literal_features(run, digits, lines):
-    """(n, D) features and (n,) labels of a list's lines, from the files alone."""
-    images = torch.stack([torch.from_numpy(np.array(Image.open(digits / line.split()[0]).convert("RGB"))) for line in lines])
+def command(run, digits):
+    return (run / "backbone.pt", "--arch", "resnet8", "--dataset", "digits", "--data", digits, "--list", run / "small.txt",
+            "--val", run / "val.txt", "--epochs", 2, "--batch", 50)
+
+
+def logged(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def images(digits, lines):
+    """Normalised images (n, 3, 32, 32) of a list's lines, from the files alone."""
+    files = [digits / line.split()[0] for line in lines]
+    x = torch.stack([torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files])
+    return (x.permute(0, 3, 1, 2) / 255 - 0.179) / 0.279
+
+
+def literal_features(run, digits, name):
+    """(n, D) features and (n,) labels of a list."""
+    lines = (run / name).read_text().splitlines()
     backbone = resnet.load_backbone(run / "backbone.pt", "resnet8").eval()
     with torch.no_grad():
-        return (backbone((images.permute(0, 3, 1, 2) / 255 - 0.179) / 0.279),
-                torch.tensor([int(line.split()[1]) for line in lines]))
+        return backbone(images(digits, lines)), torch.tensor([int(line.split()[1]) for line in lines])
 
 
-@pytest.mark.parametrize("features, classifier", [("streamed", "linear"), ("cached", "linear"), ("cached", "lws")])
-def test_each_pair_of_lr_and_weight_decay_trains_as_it_would_alone(linear, features, classifier):
+# ---- training
+
+@pytest.mark.parametrize("features, classifier", [("streamed", "linear"), ("cached", "lws")])
+def test_each_pair_of_lr_and_weight_decay_trains_as_it_would_alone(linear, run, features, classifier):
     how = ("--features", features, "--classifier", classifier)
     chosen, together, out = linear("--lr", *LRS, "--weight-decay", *DECAYS, *how)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = logged(out)
     pairs = [(lr, weight_decay) for lr in LRS for weight_decay in DECAYS]
     assert list(zip(log[1]["lr"], log[1]["weight_decay"])) == pairs and len(log[1]["loss"]) == len(pairs)
-    for i, (lr, weight_decay) in enumerate(pairs):
-        head, (alone,), _ = linear("--lr", lr, "--weight-decay", weight_decay, *how)
-        assert head["chosen"] == f"lr {lr:g}, weight decay {weight_decay:g} given"
-        assert torch.equal(alone.weight, together[i].weight) and torch.equal(alone.bias, together[i].bias)
+    for head, (lr, weight_decay) in zip(together, pairs):
+        written, (alone,), _ = linear("--lr", lr, "--weight-decay", weight_decay, *how)
+        assert torch.equal(alone.weight, head.weight) and torch.equal(alone.bias, head.bias)
+        assert torch.equal(written["weight"], alone.weight) and torch.equal(written["bias"], alone.bias)
+        assert written["chosen"] == f"lr {lr:g}, weight decay {weight_decay:g} given" and written["val_top1"] is None
         if (lr, weight_decay) == (log[-1]["lr"], log[-1]["weight_decay"]):
             assert torch.equal(chosen["weight"], alone.weight)
-            assert chosen["chosen"] == f"lr {lr:g}, weight decay {weight_decay:g} chosen on val.txt"
+            assert chosen["chosen"] == f"lr {lr:g}, weight decay {weight_decay:g} chosen on {run / 'val.txt'}"
     assert len({tuple(head.weight.flatten().tolist()) for head in together}) == len(pairs)
 
 
-def test_cached_features_against_a_literal_loop(linear, run, digits):
-    """Softmax regression with momentum by hand, in float64, on the features of the images as they are."""
-    lr, weight_decay, lines = 0.3, 0.01, (run / "small.txt").read_text().splitlines()
-    head, _, _ = linear("--features", "cached", "--lr", lr, "--weight-decay", weight_decay, "--seed", 5)
-    x, y = literal_features(run, digits, lines)
-    x, draws = x.double(), data.Draws(y, "class", 50, 2, seed=5)
+@pytest.mark.parametrize("schedule, rates", [("cosine", (1, 0.75, 0.25)), ("step", (1, 1, 0.1))])
+def test_three_steps_of_two_heads_against_a_literal_loop(linear, run, digits, schedule, rates):
+    """Softmax regression with momentum by hand, in float64: v = 0.9 v + g + weight decay * w; w = w - lr v."""
+    how = ("--features", "cached", "--schedule", schedule, "--epochs", 3, "--batch", 100, "--seed", 5)
+    _, heads, out = linear("--lr", *LRS, "--weight-decay", 0.01, *how)
+    assert np.allclose([line["lr"] for line in logged(out)[1:4]], np.outer(rates, LRS))
+    x, y = literal_features(run, digits, "small.txt")
+    draws, one_hot = data.Draws(y, "class", 100, 3, seed=5), torch.eye(10).double()
     torch.manual_seed(5)
-    W, b = (torch.randn(10, 64) * 0.01).double(), torch.zeros(10).double()
-    vW, vb = torch.zeros_like(W), torch.zeros_like(b)
-    for epoch in range(2):
-        draws.set_epoch(epoch)
-        index = [i for i, _ in draws]
-        rate = lr * (1 + np.cos(np.pi * epoch / 2)) / 2
-        for step in range(2):
-            i = index[50 * step:50 * step + 50]
-            error = ((x[i] @ W.T + b).softmax(1) - torch.eye(10)[y[i]]) / 50
-            vW, vb = 0.9 * vW + error.T @ x[i] + weight_decay * W, 0.9 * vb + error.sum(0) + weight_decay * b
-            W, b = W - rate * vW, b - rate * vb
-    assert torch.allclose(head["weight"].double(), W, atol=1e-5) and torch.allclose(head["bias"].double(), b, atol=1e-5)
-    assert head["protocol"] == f"lt, cached features: linear on {run / 'small.txt'}, class sampling, 2 epochs"
+    start = (torch.randn(10, 64) * 0.01).double()
+    for head, lr in zip(heads, LRS):
+        W, b, vW, vb = start, torch.zeros(10).double(), 0, 0
+        for epoch, rate in enumerate(rates):
+            draws.set_epoch(epoch)
+            i = [i for i, _ in draws]
+            error = ((x[i].double() @ W.T + b).softmax(1) - one_hot[y[i]]) / 100
+            vW, vb = 0.9 * vW + error.T @ x[i].double() + 0.01 * W, 0.9 * vb + error.sum(0) + 0.01 * b
+            W, b = W - lr * rate * vW, b - lr * rate * vb
+        assert torch.allclose(head.weight.double(), W, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(head.bias.double(), b, rtol=1e-4, atol=1e-5)
 
 
-def test_val_chooses_among_all_pairs_and_the_table_names_both(linear, run, digits, capsys):
-    head, heads, out = linear("--features", "cached", "--lr", *LRS, "--weight-decay", *DECAYS)
-    x, y = literal_features(run, digits, (digits / "val.txt").read_text().splitlines())
+def test_cached_features_train_as_streamed_ones_that_are_not_augmented(linear, monkeypatch):
+    cached, _, _ = linear("--features", "cached", "--lr", 1)
+    monkeypatch.setitem(data.BATCHED, "affine", (lambda images, u: images, 4))
+    streamed, _, _ = linear("--lr", 1)
+    assert torch.allclose(cached["weight"], streamed["weight"], atol=1e-5)
+    assert cached["protocol"] == streamed["protocol"].replace("lt:", "lt, cached features:")
+
+
+def test_lws_scales_the_rows_of_the_joint_head(linear, run):
+    joint = torch.load(run / "head.pt", weights_only=True)
+    head, (module,), _ = linear("--classifier", "lws", "--lr", 1)
+    scale = module.scale.detach()
+    assert (scale - 1).abs().max() > 1e-3
+    assert torch.equal(head["weight"], joint["weight"] * scale[:, None])
+    assert torch.equal(head["bias"], joint["bias"] * scale)
+
+
+def test_two_ranks_train_as_one(linear, ranks, run, digits, tmp_path):
+    how = ("--features", "cached", "--lr", 0.1, 1)
+    one, _, out = linear(*how)
+    ranks(2, "train_linear", *command(run, digits), *how, "--out", tmp_path / "two")
+    two = torch.load(tmp_path / "two/head.pt", weights_only=True)
+    assert torch.allclose(one["weight"], two["weight"], atol=1e-5) and two["chosen"] == one["chosen"]
+    for a, b in zip(logged(out)[1:-1], logged(tmp_path / "two")[1:-1]):
+        assert np.allclose(a["loss"], b["loss"], atol=1e-5)
+
+
+def test_a_backbone_that_changes_is_noticed(linear, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "eval", lambda self: self)       # BatchNorm goes on counting
+    with pytest.raises(AssertionError, match="the frozen backbone changed: .'bn1.running_mean"):
+        linear("--lr", 1)
+
+
+# ---- choosing
+
+def test_val_chooses_among_all_pairs(linear, run, digits, capsys):
+    head, heads, out = linear("--features", "cached", "--epochs", 30, "--lr", 0.01, 1, 30, "--weight-decay", *DECAYS)
+    x, y = literal_features(run, digits, "val.txt")
     with torch.no_grad():
         top1 = [(h(x).argmax(1) == y).float().mean().item() for h in heads]
-    assert head["val_top1"] == pytest.approx(max(top1), abs=0.0021)  # an image of 500 may be a tie
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("val top-1")]
-    assert [line.split(":")[0] for line in printed] == ["val top-1, weight decay 0", "val top-1, weight decay 0.05"]
-    cells = [[float(cell.split(": ")[-1]) for cell in line.split(", ")[1:]] for line in printed]     # (wd, lr)
-    assert np.array(cells).T.flatten() == pytest.approx([100 * t for t in top1], abs=0.26)
-    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    best = int(np.argmax(np.array(cells).T))  # the first of equals: the smaller lr, then the smaller weight decay
-    assert (last["lr"], last["weight_decay"]) == (LRS[best // 2], DECAYS[best % 2])
+    assert len(set(top1)) > 3
+    best = int(np.argmax(top1))
+    last = logged(out)[-1]
+    assert head["val_top1"] == last["val_top1"] == pytest.approx(max(top1))
+    assert (last["lr"], last["weight_decay"]) == ((0.01, 1, 30)[best // 2], DECAYS[best % 2])
+    assert torch.equal(head["weight"], heads[best].weight)
+    printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("top-1 on "))
+    assert f"{100 * head['val_top1']:.1f} (lr {last['lr']:g}, weight decay {last['weight_decay']:g})" in printed
 
 
-def test_an_end_of_the_grid_is_said(linear, capsys):
-    assert [train_linear.end_of_grid(lr, (30, 0.01, 1)) for lr in (0.01, 1, 30)] == [
-        "lr 0.01 is the smallest of the grid: a smaller one may do better; try --lr 0.001 0.003 0.01 too", None,
-        "lr 30 is the largest of the grid: a larger one may do better; try --lr 30 100 300 too"]
-    assert train_linear.end_of_grid(0.1, [0.1]) is None
-    linear("--features", "cached", "--lr", 1e-8, 1e-9)  # neither learns, so both are equal: the smaller
-    assert "lr 1e-09 is the smallest of the grid" in capsys.readouterr().out
+def test_an_end_of_the_grid_is_said_but_not_of_a_tie(linear, capsys, monkeypatch):
+    linear("--features", "cached", "--epochs", 30, "--lr", 1e-9, 1)
+    assert "lr 1 is an end of the grid; one beyond it may do better" in capsys.readouterr().out
+    linear("--features", "cached", "--lr", 1e-8, 1e-9)  # neither learns
+    assert "end of the grid" not in capsys.readouterr().out
 
 
-def test_two_ranks_keep_the_same_features_and_draw_disjoint_halves(digits, monkeypatch):
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda x: x)  # leaves the parts to be looked at
-    dataset = data.ImageList(digits, "val.txt", data.center(32, 32))
-
-    def encode(view):  # (b, 2): of each image alone
-        return torch.stack([view.float().mean((1, 2, 3)) + 1, view[:, 0, 10, 16:20].float().sum(1)], dim=1)
-    parts, batches = [], []
-    for rank, world in ((0, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(ddp, "rank", lambda r=rank: r)
-        monkeypatch.setattr(ddp, "world", lambda w=world: w)
-        loader = train_linear.Cached(encode, dataset, data.Draws(dataset.labels, "class", 100, seed=2), 0, "cpu")
-        parts.append(loader.features)
-        loader.features = parts[0]                                        # the sum, as below
-        batches.append(list(loader))
-        assert len(loader) == len(batches[-1]) == 5
-    one, first, second = parts
-    assert torch.equal(one, first + second) and not (first[:, 0] * second[:, 0]).any() and (one[:, 0] > 0).all()
-    for whole, *halves in zip(*batches):
-        assert torch.equal(whole[2], torch.stack([half[2] for half in halves], dim=1).flatten())  # rank by rank in turn
-        for (x,), y, i in (whole, *halves):
-            assert torch.equal(x, one[i]) and torch.equal(y, dataset.labels[i])
+@pytest.fixture
+def parsed(monkeypatch, tmp_path, capsys):
+    """parsed({"loss": "kcl"}, "--protocol", "rep"): the arguments and what is printed, for a run with these settings."""
+    def parse(settings, *flags):
+        (tmp_path / "log.jsonl").unlink(missing_ok=True)
+        if settings:
+            (tmp_path / "log.jsonl").write_text(json.dumps({"settings": settings}) + "\n")
+        monkeypatch.setattr(sys, "argv", ["train_linear.py", str(tmp_path / "backbone.pt"), *flags])
+        return train_linear.parse_args(), capsys.readouterr().out
+    return parse
 
 
-def test_protocols_write_to_folders_of_their_own(script, digits, run):
-    written = {}
-    for features in ("streamed", "cached"):
-        for classifier in ("linear", "lws"):
-            script(train_linear, run / "backbone.pt", "--arch", "resnet8", "--dataset", "digits", "--data", digits, "--list",
-                   run / "small.txt", "--epochs", 1, "--lr", 1, "--features", features, "--classifier", classifier)
-            out = run / f"{classifier}-lt{'-cached' if features == 'cached' else ''}"
-            written[out] = torch.load(out / "head.pt", weights_only=True)
-            settings = json.loads((out / "log.jsonl").read_text().splitlines()[0])["settings"]
-            assert settings["features"] == features and settings["aug"] == (None if features == "cached" else "affine")
-    assert [("cached features" in head["protocol"]) for head in written.values()] == [False, False, True, True]
-    joint = torch.load(run / "head.pt", weights_only=True)
-    scale = written[run / "lws-lt-cached"]["weight"] / joint["weight"]
-    assert torch.allclose(scale, scale[:, :1].expand(10, 64), rtol=1e-4) and (scale[:, 0] - 1).abs().max() > 1e-3
+def test_defaults_are_those_of_the_data_set_and_the_loss(parsed, tmp_path):
+    lt = dict(arch="resnet50", dataset="imagenet", data="X", list="ImageNet_LT_train.txt", list_sha256="")
+    args, printed = parsed({**lt, "loss": "kcl"})
+    assert (args.epochs, args.schedule, args.weight_decay, args.batch, args.aug) == (100, "step", [0.0], 256, "sup")
+    assert (args.list, args.sampler, args.val) == ("ImageNet_LT_train.txt", "class", "ImageNet_LT_val.txt")
+    assert args.lr == train_linear.LR_GRID and args.out == tmp_path / "linear-lt"
+    assert printed == ("lt on ImageNet_LT_train.txt, class sampling; settings for contrastive features (the backbone's "
+                       "--loss is kcl): 100 epochs, step, weight decay [0.0]\n")
+    args, printed = parsed({**lt, "loss": "ce"}, "--protocol", "rep", "--features", "cached", "--lr", "1")
+    assert (args.epochs, args.schedule, args.weight_decay, args.lr) == (10, "cosine", [5e-4], [1.0])
+    assert (args.list, args.sampler, args.aug) == ("train_full.txt", "instance", None)
+    assert args.out == tmp_path / "linear-rep-cached" and "for CE features (the backbone's --loss is ce): 10 epochs" in printed
+    foreign = ("--arch", "resnet50", "--dataset", "imagenet", "--data", "X")
+    args, printed = parsed({}, *foreign)
+    assert args.epochs == 10 and "CE features (nothing is known of the backbone; after a contrastive loss say --loss cl)" in printed
+    assert parsed({}, *foreign, "--loss", "cl")[0].epochs == 100
+    cifar, _ = parsed({**lt, "dataset": "cifar10", "loss": "fcl"})
+    assert (cifar.epochs, cifar.batch, cifar.lr, cifar.val) == (30, 128, [30.0], "none")  # nothing that could choose
 
 
-@pytest.mark.parametrize("args, expected", [
-    (("--features", "cached", "--aug", "affine"), "not augmented; leave out one of it and --aug affine"),
-    (("--weight-decay", 0, -1), "--weight-decay 0 or more"),
-    (("--val", "none", "--lr", 1, "--weight-decay", 0, 1e-4), "give one --lr and one --weight-decay")])
-def test_bad_input_is_one_sentence(linear, args, expected):
+@pytest.mark.parametrize("flags, counts_of", [
+    (("--protocol", "rep"), "train_lt.txt"), (("--list", "train_lt4.txt"), "train_lt.txt"),
+    (("--list", "overlap_source/train_lt.txt"), "overlap_source/train_lt.txt")])
+def test_groups_are_made_by_what_the_backbone_has_seen(script, digits, run, tmp_path, monkeypatch, flags, counts_of):
+    """But for a half of the classes, which the backbone's list numbers in another way."""
+    monkeypatch.setattr(train_linear, "encode_all", lambda encode, dataset, D, *_: torch.zeros(len(dataset), D))
+    (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
+    settings = dict(arch="resnet8", dataset="digits", data=str(digits), list="train_lt.txt", loss="kcl",
+                    list_sha256=data.sha256(digits / "train_lt.txt"))
+    (tmp_path / "log.jsonl").write_text(json.dumps({"settings": settings}) + "\n")
+    script(train_linear, tmp_path / "backbone.pt", *flags, "--features", "cached", "--epochs", 1, "--lr", 1, "--out",
+           tmp_path / "out")
+    head = torch.load(tmp_path / "out/head.pt", weights_only=True)
+    labels = [int(line.split()[1]) for line in (digits / counts_of).read_text().splitlines()]
+    assert head["counts"] == np.bincount(labels).tolist() and head["counts_of"] == counts_of
+    assert head["list_sha256"] == data.sha256(digits / counts_of) and head["backbone"] == "../backbone.pt"
+
+
+# ---- refusing
+
+@pytest.mark.parametrize("args, sentence", [
+    (("--val", "none", "--weight-decay", 0, 1e-4), "several classifiers need a --val that chooses"),
+    (("--val", "train_lt0.txt"), "are in the training list"),
+    (("--list", "overlap_source/train_lt.txt", "--val", "val.txt"), "has labels up to 9, overlap_source/train_lt.txt only up to 4"),
+    (("--lr", 1e38), "the classifier is not finite with learning rate 1e+38; try a smaller --lr")])
+def test_bad_input_is_one_sentence(linear, args, sentence):
     with pytest.raises(SystemExit) as error:
         linear(*args)
-    text = str(error.value.code)
-    assert text.startswith("error: ") and expected in text and "\n" not in text
+    text = str(error.value)
+    assert text.startswith("error: ") and sentence in text and "\n" not in text
 
 
-@pytest.mark.parametrize("how", [(), ("--features", "cached", "--sampler", "progressive")])
-def test_resumed_classifier_equals_the_straight_one(linear, tmp_path, monkeypatch, how):
-    """Asked to stop after three of four steps; no checkpoint is left of a classifier that is there."""
-    straight, _, out = linear("--lr", *LRS, *how)
-    step, steps = torch.optim.SGD.step, []
+def test_the_list_of_the_backbone_is_the_one_it_was_trained_on(script, digits, run, tmp_path):
+    (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
+    with pytest.raises(SystemExit, match="no log.jsonl of train_rep.py beside .*; say --arch, --dataset and --data"):
+        script(train_linear, tmp_path / "backbone.pt")
+    seen = (digits / "train_lt.txt").read_text() + (digits / "val.txt").read_text()
+    for text, sentence in (("", "train_lt.txt is another list than the one that was trained on"), (seen, "are in the training list")):
+        (tmp_path / "lt.txt").write_text(seen)
+        settings = dict(arch="resnet8", dataset="digits", data=str(digits), loss="ce",
+                        list=str(tmp_path / "lt.txt") if text else "train_lt.txt",
+                        list_sha256=data.sha256(tmp_path / "lt.txt"))
+        (tmp_path / "log.jsonl").write_text(json.dumps({"settings": settings}) + "\n")
+        with pytest.raises(SystemExit, match=sentence):  # the second: of the backbone; the classifier's has none of val
+            script(train_linear, tmp_path / "backbone.pt", "--list", run / "small.txt")
 
-    def step_and_be_told(self, *_):
-        steps.append(0)
-        step(self)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(torch.optim.SGD, "step", step_and_be_told)
-    run = tmp_path / "stopped"
-    with pytest.raises(SystemExit) as stopped:
-        linear("--lr", *LRS, *how, "--out", run)
-    ckpt = torch.load(run / "ckpt.pt", weights_only=True)
-    assert stopped.value.code == 128 + signal.SIGTERM and (ckpt["epoch"], ckpt["step"]) == (1, 1)
-    with pytest.raises(SystemExit, match="other settings .seed: 0 there, 1 here.; name another --out, --restart"):
-        linear("--lr", *LRS, *how, "--out", run, "--seed", 1)
-    with pytest.raises(FileNotFoundError):  # linear() looks for its own folder, where nothing is
-        linear("--lr", *LRS, *how, "--out", run)
-    resumed = torch.load(run / "head.pt", weights_only=True)
-    assert len(steps) == 4 and torch.equal(resumed["weight"], straight["weight"]) and resumed["chosen"] == straight["chosen"]
-    assert torch.equal(resumed["bias"], straight["bias"]) and resumed["val_top1"] == straight["val_top1"]
-    losses = [[json.loads(line).get("loss") for line in (x / "log.jsonl").read_text().splitlines()] for x in (out, run)]
-    assert losses[0] == losses[1] and not (run / "ckpt.pt").exists()
+
+# ---- going on
+
+@pytest.mark.parametrize("world, how", [(1, ()), (1, ("--features", "cached", "--sampler", "progressive")), (2, ())])
+def test_resumed_classifier_equals_the_undisturbed_one(script, ranks, run, digits, tmp_path, monkeypatch, capsys, world, how):
+    """Killed after the second of three epochs."""
+    args = (*command(run, digits), "--epochs", 3, "--lr", *LRS, *how, "--out")
+
+    def train(out):
+        return ranks(2, "train_linear", *args, out) if world == 2 else script(train_linear, *args, out)
+
+    train(tmp_path / "straight")
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
+    learning_rate = train_linear.learning_rate
+    with monkeypatch.context() as m, pytest.raises((SystemExit, AssertionError), match="killed"):
+        m.setattr(train_linear, "learning_rate", lambda *a: learning_rate(*a) if a[2] < 0.6 else sys.exit("killed"))
+        train(tmp_path / "killed")
+    assert torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)["epoch"] == 2
+    assert len(logged(tmp_path / "killed")) == 3 and not (tmp_path / "killed/head.pt").exists()
+    printed = train(tmp_path / "killed") or capsys.readouterr().out
+    assert "going on after epoch 2 of 3" in printed
+
+    heads = [torch.load(tmp_path / out / "head.pt", weights_only=True) for out in ("straight", "killed")]
+    assert torch.equal(heads[0]["weight"], heads[1]["weight"]) and torch.equal(heads[0]["bias"], heads[1]["bias"])
+    assert heads[0]["chosen"] == heads[1]["chosen"] and heads[0]["val_top1"] == heads[1]["val_top1"]
+    logs = [[{**line, "images_per_s": 0} for line in logged(tmp_path / out)[1:]] for out in ("straight", "killed")]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    assert not (tmp_path / "killed/ckpt.pt").exists()
+
+
+def test_a_finished_classifier_is_kept_and_other_settings_are_refused(linear, script, run, digits, tmp_path, capsys):
+    _, _, out = linear("--features", "cached", "--lr", 1)
+    before = (out / "head.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        linear("--features", "cached", "--lr", 1, "--out", out)
+    assert stop.value.code == 0 and "is finished already; --restart trains it again" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds a run with other settings .lr: .1.0. there, .2.0. here.; name another --out"):
+        linear("--features", "cached", "--lr", 2, "--out", out)
+    with pytest.raises(SystemExit, match="other settings .backbone: "):  # of the same folder
+        (tmp_path / "other.pt").symlink_to(run / "backbone.pt")
+        script(train_linear, tmp_path / "other.pt", *command(run, digits)[1:], "--features", "cached", "--lr", 1, "--out", out)
+    assert (out / "head.pt").read_bytes() == before

@@ -1,133 +1,109 @@
-"""What only two ranks can show; test_scripts.py starts it on two. Prints ok on rank 0."""
+"""What only two ranks can show; test_moco.py starts it on two. Prints ok on rank 0."""
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
+import baselines
 import ddp
-import det_data
 import resnet
-import transfer_det
-from baselines import BBN, Targets, bbn_loss, supcon_loss
 from moco import MoCo
+
+
+def small(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes))
+
+
+def same_on_both(*tensors):
+    both = ddp.gather(torch.cat([x.flatten().double() for x in tensors])[None])
+    return torch.equal(both[0], both[1])
+
+
+def one_queue(rank, images, labels):
+    """Keys are shuffled across the ranks, come back in order, and fill one queue."""
+    moco, seen = MoCo(small, dim=5, K=10), []
+    mine, expected = images.chunk(2)[rank], F.normalize(moco.encoder_k(images))
+    moco.encoder_k.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for _ in range(20):
+        keys, key_labels = moco.keys(mine, labels.chunk(2)[rank])
+        assert torch.allclose(keys, expected, atol=1e-6) and torch.equal(key_labels, labels)
+        assert torch.equal(moco.own(key_labels), labels.chunk(2)[rank])
+    foreign = sum(not (x == mine).flatten(1).all(1).any() for x in torch.cat(seen))
+    assert 0.3 < foreign / 80 < 0.7, foreign                              # half of what a rank encodes is the other's
+
+    moco.enqueue(keys, key_labels)
+    assert moco.ptr == 8 and moco.queue_labels.tolist() == [*labels.tolist(), -1, -1]
+    assert torch.equal(moco.queue[:8], keys) and same_on_both(moco.queue)
+
+
+def virtual_ranks(rank, images, labels):
+    """Two ranks of two parts are four virtual ranks, as one process with four parts is; BatchNorm sees one part."""
+    torch.manual_seed(0)
+    two, four = (MoCo(resnet.ARCHS["resnet8"], dim=5, K=8, seed=3, parts=n) for n in (2, 4))
+    four.load_state_dict(two.state_dict())
+    keys, key_labels = two.keys(images[rank::2], labels[rank::2])
+    for j in (0, 1):
+        assert torch.equal(two.own(key_labels, j), labels[rank + 2 * j::4])
+    kept, ddp.rank, ddp.world = (ddp.rank, ddp.world), lambda: 0, lambda: 1
+    expected, expected_labels = four.keys(images, labels)
+    ddp.rank, ddp.world = kept
+    assert torch.allclose(keys, expected, atol=1e-4) and torch.equal(key_labels, expected_labels)
+
+
+def bytes_received(rank):
+    """(W - 1) / W of the uint8 images in the mean, and the other ranks' keys of d fp32 and int64 labels."""
+    moco, b, d, received, images = MoCo(small, dim=5, K=10), 4, 5, [], 0
+    all_gather, all_to_all = dist.all_gather, dist.all_to_all_single
+
+    def count_gather(out, x):
+        received.append(out[1 - rank].numel() * x.element_size())
+        all_gather(out, x)
+
+    def count_all_to_all(out, x, from_each, to_each):
+        received.append(from_each[1 - rank] * out[0].numel() * x.element_size())
+        all_to_all(out, x, from_each, to_each)
+    dist.all_gather, dist.all_to_all_single = count_gather, count_all_to_all
+    for _ in range(50):
+        received.clear()
+        moco.keys(torch.zeros(b, 3, 2, 2, dtype=torch.uint8), torch.arange(b), prepare=torch.Tensor.float)
+        assert received[1:] == [b * d * 4, b * 8]
+        images += received[0] / 50
+    dist.all_gather, dist.all_to_all_single = all_gather, all_to_all
+    assert 0.8 < images / (1 / 2 * b * 3 * 2 * 2) < 1.2
+
+
+def loss_of_all(rank, images):
+    """A loss on the embeddings of both ranks has the value and, after DDP's mean, the gradient of one process."""
+    net = small(5)
+    labels, wrapped = torch.arange(4) // 2, ddp.wrap(net)
+    views = images.view(2, 4, 3, 2, 2)                                    # (views, images, ...)
+    mine = views[:, 2 * rank:2 * rank + 2].flatten(0, 1)                  # both views of two images
+    loss = baselines.supcon_of_all_ranks(wrapped(mine), labels[2 * rank:2 * rank + 2], 0.1)
+    loss.backward()
+    expected = baselines.supcon_loss(F.normalize(net(images)), labels.repeat(2), 0.1)
+    assert torch.allclose(loss, expected, atol=1e-5)
+    for p, gradient in zip(net.parameters(), torch.autograd.grad(expected, net.parameters())):
+        assert gradient.abs().max() > 1e-3 and torch.allclose(p.grad, gradient, atol=1e-5)
+
+
+def targets_of_all(rank):
+    """TSC: both ranks follow the queries of both, so they agree on means and targets."""
+    targets = baselines.Targets(3, 5)
+    q = F.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(rank)))
+    y, before = torch.arange(4) % 3, targets.means.clone()
+    baselines.tsc_of_all_ranks(q, q.roll(1, 0), q, y, y, targets, True, iter([1]), 0, 0.1)
+    assert same_on_both(targets.targets, targets.means, targets.owned) and not torch.equal(targets.means, before)
 
 
 def main():
     ddp.init()
-    rank, world = ddp.rank(), ddp.world()
-    assert world == 2
-    assert ddp.gather(torch.tensor([[rank, 7]])).tolist() == [[0, 7], [1, 7]]
-
-    # ranks hold the same weights, other images
+    rank = ddp.rank()
+    assert ddp.world() == 2 and ddp.gather(torch.tensor([[rank, 7]])).tolist() == [[0, 7], [1, 7]]
     torch.manual_seed(0)
-    moco = MoCo(lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes)), dim=5, K=10)
-    images = torch.randn(8, 3, 2, 2)
-    mine = images[rank * 4:(rank + 1) * 4]
-    labels = torch.arange(8).where(torch.arange(8) < 7, -7)[rank * 4:(rank + 1) * 4]
-    expected = F.normalize(moco.encoder_k(images))
-    for _ in range(3):  # shuffled across ranks and back in order
-        keys, key_labels = moco.keys(mine, labels)
-        assert torch.allclose(keys, expected, atol=1e-6) and key_labels.tolist() == [0, 1, 2, 3, 4, 5, 6, -7]
-        assert torch.equal(moco.own(keys), keys[rank * 4:(rank + 1) * 4])
-
-    # what a rank receives: the images that the shuffle takes from the other, as uint8, and the other's keys and labels
-    received = []
-    def count(collective, sent_to_itself):
-        def counted(out, *args):
-            received.append(sum(x.numel() * x.element_size() for x in (out if isinstance(out, list) else [out])))
-            received[-1] -= sent_to_itself(out, args)
-            return collective(out, *args)
-        return counted
-    d = torch.distributed
-    kept = d.all_gather, d.all_to_all_single
-    d.all_gather = count(d.all_gather, lambda out, args: out[0].numel() * out[0].element_size())
-    d.all_to_all_single = count(d.all_to_all_single, lambda out, args: args[1][rank] * 3 * 2 * 2)
-    uint8, generator = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.Generator()
-    generator.set_state(moco.shuffle.get_state())
-    for _ in range(5):
-        received.clear()
-        moco.keys(uint8, labels, prepare=torch.Tensor.float)
-        wanted = torch.randperm(8, generator=generator)[rank * 4:(rank + 1) * 4]
-        foreign = sum(n // 4 != rank for n in wanted.tolist())
-        assert received == [foreign * 3 * 2 * 2, (world - 1) * 4 * (4 * 5 + 8)]  # the docstring's formula
-    d.all_gather, d.all_to_all_single = kept
-
-    seen = []
-    moco.encoder_k.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    foreign = 0
-    for _ in range(20):
-        moco.keys(mine, labels)
-        foreign += sum(not any(torch.equal(x, y) for y in mine) for x in seen[-1])
-    assert 0.3 < foreign / 80 < 0.7, foreign  # about half of what a rank encodes comes from the other
-
-    # one queue, the same on both, in rank order
-    moco.enqueue(*moco.keys(mine, labels))
-    assert moco.ptr == 8 and moco.queue_labels.tolist() == [0, 1, 2, 3, 4, 5, 6, -7, -1, -1]
-    assert torch.allclose(moco.queue[:8], expected, atol=1e-6)
-
-    # a step: gradients are the mean over ranks, so the weights stay the same on both
-    net = ddp.wrap(moco.encoder_q)
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    F.normalize(net(mine)).sum().backward()
-    optimizer.step()
-    moved = torch.cat([p.detach().flatten() for p in net.parameters()])
-    both = ddp.gather(moved[None])
-    alone = MoCo(lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes)), dim=5, K=10)
-    alone.encoder_q.load_state_dict(moco.encoder_k.state_dict())  # the weights of before
-    (F.normalize(alone.encoder_q(images)).sum() / 2).backward()
-    expected = torch.cat([(p - 0.1 * p.grad).detach().flatten() for p in alone.encoder_q.parameters()])
-    assert torch.equal(both[0], both[1]) and torch.allclose(moved, expected, atol=1e-6)
-
-    # a loss on the embeddings of both ranks has the gradient that one process has
-    alone.zero_grad()
-    supcon_loss(F.normalize(alone.encoder_q(images)), torch.arange(8) // 4 * 2 % 3).backward()  # classes 0 and 2
-    optimizer.zero_grad()
-    moco.encoder_q.load_state_dict(alone.encoder_q.state_dict())
-    z = ddp.GatherWithGradient.apply(F.normalize(net(mine)))
-    supcon_loss(z, ddp.gather(torch.full((4,), 2 * rank))).backward()
-    for p, expected in zip(net.parameters(), alone.encoder_q.parameters()):
-        assert torch.allclose(p.grad, expected.grad, atol=1e-6)
-
-    # two forwards of one network in a step, as BBN's: DDP averages the gradients of both
-    bbn = BBN(resnet.ARCHS["resnet8"], 3)
-    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(rank))
-    both_branches = ddp.wrap(bbn)
-    bbn_loss(both_branches(x, x.flip(0), 0.3), torch.arange(4) % 3, torch.arange(4) % 2, 0.3).backward()
-    both = ddp.gather(torch.cat([p.grad.flatten() for p in bbn.parameters()])[None])
-    assert torch.equal(both[0], both[1]) and all(p.grad.abs().sum() > 0 for p in bbn.parameters())
-
-    # TSC: every rank has seen every query, so all agree on means and targets
-    torch.manual_seed(0)
-    targets = Targets(3, 5)
-    q = F.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(rank)))
-    targets.follow(ddp.gather(q), ddp.gather(torch.arange(4) % 3))
-    targets.assign()
-    both = ddp.gather(torch.cat([targets.means.flatten(), targets.of_classes().flatten()])[None])
-    assert torch.equal(both[0], both[1])
-
-    # no image on two ranks, none missing
-    view = torch.zeros(3, 2, 2, dtype=torch.uint8)
-    share = torch.cat([index for _, _, index in data.eval_loader([([view], 0, i) for i in range(11)], 2, 0)])
-    together = [None, None]
-    torch.distributed.all_gather_object(together, share.tolist())
-    assert sorted(together[0] + together[1]) == list(range(11))
-
-    # detection: two ranks find, image by image, what one finds, and hold the same precise statistics
-    torch.manual_seed(0)
-    spec, heads = transfer_det.SETTINGS["digits"], {**transfer_det.HEADS["digits"], "proposals": ((60, 20), (60, 10))}
-    detector = transfer_det.build_detector(resnet.ARCHS["resnet8"](), "fpn", 10, True, heads, spec["scales"],
-                                           spec["max_size"], spec["mean"], spec["std"])
-    dataset, load = det_data.digits_dictionary("test", 5)
-    scenes = det_data.Scenes(det_data.checked(dataset, "scenes"), load, masks=True)
-    items = [scenes[i] for i in range(rank, 5, 2)]
-    transfer_det.precise_bn(detector, [([det_data.to_input(pixels, "cpu")], [target]) for pixels, target in items])
-    statistics = torch.cat([x.flatten() for name, x in detector.state_dict().items() if "running" in name])
-    both = ddp.gather(statistics[None])
-    assert torch.equal(both[0], both[1]) and not torch.equal(both[0], torch.zeros_like(both[0]))
-    detector.roi_heads.score_thresh = 0.0
-    together = transfer_det.predict(detector, scenes, "cpu")
-    ddp.rank, ddp.world = lambda: 0, lambda: 1
-    alone = transfer_det.predict(detector, scenes, "cpu")
-    assert len({d["image_id"] for d in alone}) == 5 and together == alone
-    if rank == 0:
-        print("ok", flush=True)
+    images, labels = torch.randn(8, 3, 2, 2), torch.arange(8).where(torch.arange(8) < 7, -7)
+    one_queue(rank, images, labels)
+    virtual_ranks(rank, images.repeat_interleave(8, 2).repeat_interleave(8, 3), labels)
+    bytes_received(rank)
+    loss_of_all(rank, images)
+    targets_of_all(rank)
+    ddp.print0("ok")

@@ -1,0 +1,191 @@
+"""The encoders, and reading one from the files of other programs, laid out as their code writes them."""
+import argparse
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+import torchvision
+
+from resnet import ARCHS, branch, load_backbone
+
+
+def test_shapes_and_the_shortcut_without_parameters():
+    net = ARCHS["resnet8"](num_classes=7)
+    x = torch.rand(2, 16, 32, 32)
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert net.layer3(net.layer2(net.layer1(x))).shape == (2, 64, 8, 8)
+
+    block = net.layer2[0]
+    block.bn2.weight.data.zero_()  # what is left is the shortcut
+    expected = torch.zeros(2, 32, 16, 16)
+    expected[:, 8:24] = x[:, :, ::2, ::2]
+    assert torch.equal(block(x), expected)
+
+
+def test_branches():
+    encoder = ARCHS["resnet8"]().eval()
+    encoder.fc = nn.Identity()
+    x = torch.randn(2, 3, 32, 32)
+    before = encoder(x)
+    branches = branch(encoder)
+    assert torch.equal(encoder(x), torch.cat([before, before], dim=1))
+
+    branches.rebalanced.bn2.bias.data += 1
+    both = encoder(x)
+    for branches.use in (0, 1):
+        assert torch.equal(encoder(x), both[:, branches.use * 64:][:, :64])
+
+
+# ---- files
+
+def below(prefix, state):
+    return {prefix + name: x for name, x in state.items()}
+
+
+def scrambled(state):
+    """The same names and shapes, other numbers: what must not be taken."""
+    return {name: x + 1 for name, x in state.items()}
+
+
+LINEAR = {"weight": torch.ones(10, 64), "bias": torch.ones(10)}
+MLP = {**below("0.", LINEAR), **below("2.", LINEAR)}
+ARGS = argparse.Namespace(model="resnet8", lr_decay_epochs=[7, 8], crops=(0.4, 1.0), resume=None)
+
+
+def sgd(lr):
+    return {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": lr, "params": [0]}]}
+
+
+def two_encoders(taken, other, s, fc):
+    s = {**s, **below("fc.", fc)}
+    return {**below(taken, s), **below(other, scrambled(s)), "module.queue": torch.ones(8, 16)}
+
+
+def formats(s):
+    """{who writes it: (what is in the file around the encoder's tensors s, how many are left out)}"""
+    n, plain, head = len(s), {**s, **below("fc.", LINEAR)}, below("head.", MLP)
+    swav = below("module.", {**s, **below("projection_head.", MLP), "prototypes.weight": torch.ones(8, 4)})
+    deepcluster = below("module.", {**s, "prototypes.prototypes0.weight": torch.ones(8, 4)})
+    return {
+        "torchvision, timm; DINO, Barlow Twins, VICReg (released)": (plain, 2),
+        "timm (training)": ({"arch": "resnet8", "state_dict": plain, "optimizer": sgd(0.1), "args": ARGS,
+                             "state_dict_ema": scrambled(plain), "metric": 71.5}, 2),
+        "MoCo v1, the authors' KCL": ({"epoch": 200, "arch": "resnet50", "optimizer": sgd(0.03), "state_dict": two_encoders(
+            "module.encoder_q.", "module.encoder_k.", s, LINEAR)}, n + 5),
+        "MoCo v2": ({"state_dict": two_encoders("module.encoder_q.", "module.encoder_k.", s, MLP)}, n + 9),
+        "MoCo v3": ({"scaler": {"scale": 1.0}, "state_dict": {
+            **two_encoders("module.base_encoder.", "module.momentum_encoder.", s, MLP), **below("module.predictor.", MLP)}}, n + 13),
+        "the authors' CE": ({"best_acc1": torch.tensor(40.0), "state_dict": below("module.", plain)}, 2),
+        "DINO": ({"student": below("module.", {**below("backbone.", scrambled(s)), **head}),
+                  "teacher": below("module.", {**below("backbone.", s), **head}), "epoch": 800, "args": ARGS,
+                  "optimizer": sgd(np.float64(0.3)), "dino_loss": {"center": torch.ones(1, 9)}}, 4),
+        "Barlow Twins, VICReg": ({"epoch": 1000, "optimizer": sgd(0.2), "model": {
+            **below("module.backbone.", s), **below("module.projector.", MLP), "module.bn.bias": torch.ones(4)}}, 5),
+        "SwAV (released)": (swav, 5),
+        "DeepCluster v2": ({"epoch": 9, "optimizer": sgd(np.float64(0.6)), "state_dict": deepcluster}, 1),
+        "SupCon": ({"opt": ARGS, "optimizer": sgd(np.float32(0.05)), "model": {**below("encoder.", s), **head}}, 4),
+        "SupCon, GPUs": ({"opt": ARGS, "epoch": 1, "model": {**below("encoder.module.", s), **head}}, 4),
+        "solo-learn": ({"global_step": 3, "loops": {}, "state_dict": {
+            **below("backbone.", s), **below("classifier.", LINEAR), **below("momentum_backbone.", scrambled(s))}}, n + 2),
+        "solo-learn before 1.0": ({"state_dict": {**below("encoder.", s), **below("classifier.", LINEAR)}}, 2),
+        "lightly": ({"hyper_parameters": {"num_classes": 10}, "state_dict": {
+            **below("backbone.", s), **below("projection_head.layers.", MLP), **below("query_backbone.", scrambled(s)),
+            "criterion.memory_bank.bank": torch.ones(4, 4)}}, n + 5),
+        "torch.compile": (below("_orig_mod.", plain), 2),
+        "torch.compile, DDP": ({"model_state_dict": below("module._orig_mod.", plain)}, 2)}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A ResNet-8 whose numbers are nobody's default."""
+    state = ARCHS["resnet8"]().state_dict()
+    return {name: x + 0.5 if x.is_floating_point() else x + 7 for name, x in state.items() if "fc." not in name}
+
+
+def assert_reads(file, arch, expected):
+    state = load_backbone(file, arch).state_dict()
+    assert list(state) == list(expected) and all(torch.equal(state[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize("who", formats({}))
+def test_files_of_other_programs(trained, tmp_path, capsys, who):
+    content, left_out = formats(trained)[who]
+    for zipped in (True, False):  # before torch 1.6 files were not, as MoCo's released ones
+        torch.save(content, tmp_path / "x.pth.tar", _use_new_zipfile_serialization=zipped)
+        assert_reads(tmp_path / "x.pth.tar", "resnet8", trained)
+        out = capsys.readouterr().out
+        assert out.startswith(f"{tmp_path}/x.pth.tar: 42 of 42 tensors matched") and f"; {left_out} left out: " in out
+
+
+def test_files_of_numpy_1(trained, tmp_path):
+    """DINO's and SwAV's checkpoints were written with numpy 1, which has another name for the module of a number."""
+    torch.save(formats(trained)["DINO"][0], tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for name in new.namelist():
+            old.writestr(name, new.read(name).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    assert b"cnumpy.core.multiarray\n" in (tmp_path / "old.pth").read_bytes()
+    assert_reads(tmp_path / "old.pth", "resnet8", trained)
+
+
+def test_timm_writes_what_we_read_and_reads_what_we_write(tmp_path):
+    model = timm.create_model("resnet18")
+    args = argparse.Namespace(model="resnet18")
+    ema = timm.utils.ModelEmaV2(timm.create_model("resnet18"))
+    saver = timm.utils.CheckpointSaver(model, torch.optim.SGD(model.parameters()), args, ema, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=1.0)
+    encoder = load_backbone(tmp_path / "last.pth.tar", "resnet18")
+
+    torch.save(encoder.state_dict(), tmp_path / "backbone.pt")  # as train_rep.py does
+    for net in (torchvision.models.resnet18(), timm.create_model("resnet18")):
+        missing, unexpected = net.load_state_dict(torch.load(tmp_path / "backbone.pt"), strict=False)
+        assert missing == ["fc.weight", "fc.bias"] and not unexpected
+        state = net.state_dict()
+        assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items() if "fc." not in name)
+
+
+def test_numbered_children(tmp_path):
+    """Lightly's examples: nn.Sequential(*list(resnet.children())[:-1])."""
+    net = torchvision.models.resnet18()
+    numbered = nn.Sequential(*list(net.children())[:-1]).state_dict()
+    torch.save({"state_dict": {**below("backbone.", numbered), **below("projection_head.", MLP)}}, tmp_path / "x.ckpt")
+    net.fc = nn.Identity()
+    assert_reads(tmp_path / "x.ckpt", "resnet18", net.state_dict())
+
+
+def test_bbn_comes_back_with_both_branches(tmp_path):
+    encoder = ARCHS["resnet8"]()
+    encoder.fc = nn.Identity()
+    branch(encoder).rebalanced.bn1.bias.data += 1
+    torch.save(encoder.state_dict(), tmp_path / "backbone.pt")
+    assert_reads(tmp_path / "backbone.pt", "resnet8", encoder.state_dict())
+
+
+def test_half_precision_and_no_step_counters(trained, tmp_path):
+    old = {name: x.half() for name, x in trained.items() if not name.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "x.pt")
+    state = load_backbone(tmp_path / "x.pt", "resnet8").state_dict()
+    assert all(torch.equal(state[name], x.float()) for name, x in old.items()) and state["bn1.num_batches_tracked"] == 0
+
+
+def test_safetensors(trained, tmp_path, monkeypatch):
+    safetensors.torch.save_file(trained, tmp_path / "x.safetensors")
+    assert_reads(tmp_path / "x.safetensors", "resnet8", trained)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(SystemExit, match="error: .*x.safetensors needs a package: `pip install safetensors`"):
+        load_backbone(tmp_path / "x.safetensors", "resnet8")
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"layer1.0.conv1.weight": None}, "layer1.0.conv1.weight is absent in the file and .16, 16, 3, 3. in resnet8"),
+    ({"conv1.weight": torch.ones(64, 3, 3, 3)}, "conv1.weight is .64, 3, 3, 3. in the file"),  # SupCon's stem
+    ({"layer9.weight": torch.ones(2)}, "layer9.weight is .2,. in the file and absent in resnet8; name the architecture"),
+    ({"conv1.weight": None}, "has no conv1.weight, by itself or below encoder_q., .*; its names begin with bn1, layer1")])
+def test_a_half_loaded_backbone_is_refused(trained, tmp_path, change, sentence):
+    torch.save({name: x for name, x in {**trained, **change}.items() if x is not None}, tmp_path / "x.pt")
+    with pytest.raises(SystemExit, match=f"^error: .*x.pt .*{sentence}"):
+        load_backbone(tmp_path / "x.pt", "resnet8")

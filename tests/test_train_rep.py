@@ -1,0 +1,393 @@
+"""Stage 1 against literal loops in float64, one rank against four, a killed run against an undisturbed one."""
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import baselines
+import checkpoint
+import data
+import kcl
+import train_rep
+from moco import with_head
+from resnet import ARCHS
+
+T, M, LR, DECAY, BATCH, K, DIM, EPOCHS, SEED = 0.2, 0.9, 0.05, 0.02, 8, 20, 16, 2, 3
+SETTINGS = (f"--temperature {T} --m {M} --lr {LR} --weight-decay {DECAY} --batch {BATCH} --queue {K} --dim {DIM} "
+            f"--epochs {EPOCHS} --seed {SEED} --arch resnet8s --schedule step --log-every 1 --dataset digits").split()
+COUNTS = [9, 5, 4, 3, 3, 2, 2, 1, 1, 1]  # 31 images, three steps an epoch; some classes have fewer than k keys
+
+
+@pytest.fixture(scope="session")
+def small(digits, tmp_path_factory):
+    """The folder of the digits and a training list of COUNTS."""
+    paths, labels = data.read_list(digits, "train_full.txt")
+    lines = [f"{path} {c}\n" for c, n in enumerate(COUNTS)
+             for path in [p for p, label in zip(paths, labels.tolist()) if label == c][:n]]
+    list_file = tmp_path_factory.mktemp("small") / "small.txt"
+    list_file.write_text("".join(lines))
+    return ["--data", digits, "--list", list_file]
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """The scripts in float64: what is equal on paper is equal to 1e-9 then, on every CPU."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(data, "channels", data.channels.__wrapped__)  # what is cached is in float32
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def batches(small, sampler, aug_views, epoch):
+    """The uint8 views and labels of an epoch; what data.py gives is tested in test_data.py."""
+    dataset = data.ImageList(small[1], small[3], data.DATASETS["digits"], "affine", aug_views)
+    draws = data.Draws(dataset.labels, sampler, BATCH, EPOCHS, SEED)
+    draws.set_epoch(epoch)
+    return data.train_loader(dataset, draws, 0, torch.device("cpu"))
+
+
+def pixels(view):
+    return (view.double() / 255 - 0.179) / 0.279
+
+
+class Sgd:
+    """v <- 0.9 v + (g + decay w), w <- w - lr v."""
+
+    def __init__(self, network):
+        self.weights = list(network.parameters())
+        self.v = [torch.zeros_like(w) for w in self.weights]
+
+    def step(self, loss, lr):
+        for w, v, g in zip(self.weights, self.v, torch.autograd.grad(loss, self.weights)):
+            v.mul_(0.9).add_(g + DECAY * w.detach())
+            w.data -= lr * v
+
+
+def eq4(q, k, queue, positives, forbidden, divisor):
+    """The loss of the paper, query by query: positives, forbidden: lists of slots of each query."""
+    total = 0
+    for i in range(len(q)):
+        own = math.e ** (q[i] @ k[i] / T)
+        others = [math.e ** (q[i] @ key / T) for key in queue]
+        Z = own + sum(e for slot, e in enumerate(others) if slot not in forbidden[i])
+        terms = [-torch.log(own / Z)] + [-torch.log(others[slot] / Z) for slot in positives[i]]
+        total = total + sum(terms) / divisor(len(terms))
+    return total / len(q)
+
+
+VARIANTS = {  # --loss and flags -> k of the paper
+    "cl": 0, "fcl": K, "kcl --num-positives 2": 2, "kcl": 6, "kcl --num-positives 2 --fixed-divisor": 2,
+    "kcl --num-positives 2 --drop-unused": 2, "kcl --num-positives 2 --first-k": 2, "kcl --mlp": 6,
+    "kcl --no-fill --num-positives 3": 3, "kcl --init": 6}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_contrastive_steps(variant, small, script, tmp_path, float64):
+    """Algorithm 1, written down once more: six steps of two epochs."""
+    flags, k_max = variant.split(), VARIANTS[variant]
+    if "--init" in flags:
+        torch.manual_seed(99)
+        start = {name: x for name, x in ARCHS["resnet8s"](num_classes=10).state_dict().items() if name[:3] != "fc."}
+        checkpoint.save(start, tmp_path / "start.pt")
+        flags.append(tmp_path / "start.pt")
+    script(train_rep, "--loss", *flags, *SETTINGS, *small, "--out", tmp_path / "run", "--aug", "affine")
+    found = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["model"]
+
+    torch.manual_seed(SEED)
+    encoder_q, encoder_k = (with_head(ARCHS["resnet8s"], DIM, "--mlp" in flags) for _ in range(2))
+    encoder_k.load_state_dict(encoder_q.state_dict())
+    queue, queue_labels, ptr = F.normalize(torch.randn(K, DIM)), torch.full((K,), -1), 0
+    if "--init" in flags:
+        encoder_q.load_state_dict(start, strict=False)
+        encoder_k.load_state_dict(start, strict=False)
+
+    def enqueue(keys, labels):
+        nonlocal ptr
+        for key, label in zip(keys, labels):
+            queue[ptr], queue_labels[ptr], ptr = key, label, (ptr + 1) % K
+
+    if "--no-fill" not in flags:
+        before = {name: x.clone() for name, x in encoder_k.state_dict().items()}
+        for (_, view), labels, _ in list(batches(small, "instance", 2, -1))[:-(-K // BATCH)]:
+            enqueue(F.normalize(encoder_k(pixels(view))).detach(), labels)
+        encoder_k.load_state_dict(before)
+    sgd, losses = Sgd(encoder_q), []
+    for epoch in range(EPOCHS):
+        for i, ((view_q, view_k), labels, _) in enumerate(batches(small, "instance", 2, epoch)):
+            for w_k, w_q in zip(encoder_k.parameters(), encoder_q.parameters()):
+                w_k.data = M * w_k.data + (1 - M) * w_q.data
+            keys = F.normalize(encoder_k(pixels(view_k))).detach()
+            q = F.normalize(encoder_q(pixels(view_q)))
+            torch.manual_seed((SEED * 1_000_003 + epoch * 3 + i + 1) * 1_009)  # the stream of the step
+            same = [[j for j in range(K) if queue_labels[j] == label] for label in labels]
+            if "--drop-unused" in flags:
+                positives = [row.nonzero()[:, 0].tolist() for row in kcl.choose_positives(labels, queue_labels, k_max)]
+            elif "--first-k" in flags or k_max in (0, K):
+                positives = [slots[:k_max] for slots in same]
+            else:
+                slots, taken = kcl.choose_slots(labels, queue_labels, k_max)
+                positives = [s[t].tolist() for s, t in zip(slots, taken)]
+            assert all(len(p) == min(k_max, len(s)) for p, s in zip(positives, same))
+            unused = [set(s) - set(p) if "--drop-unused" in flags else () for s, p in zip(same, positives)]
+            divisor = (lambda n: k_max + 1) if "--fixed-divisor" in flags else (lambda n: n)
+            loss = eq4(q, keys, queue, positives, unused, divisor)
+            sgd.step(loss, LR)
+            enqueue(keys, labels)
+            losses.append(loss.item())
+
+    for name, x in {**{f"encoder_q.{n}": x for n, x in encoder_q.state_dict().items()}, "queue": queue,
+                    **{f"encoder_k.{n}": x for n, x in encoder_k.state_dict().items()}}.items():
+        assert torch.allclose(found[name].double(), x.double(), atol=1e-9, rtol=1e-9), name
+    assert found["queue_labels"].tolist() == queue_labels.tolist()
+    logged = [json.loads(line)["loss"] for line in open(tmp_path / "run/log.jsonl").readlines()[1:]]
+    assert np.allclose(logged, losses, rtol=1e-9)
+    backbone = torch.load(tmp_path / "run/backbone.pt", weights_only=True)
+    assert all(torch.equal(x, found[f"encoder_q.{name}"]) for name, x in backbone.items())
+    assert {n.split(".")[0] for n in backbone} == {"conv1", "bn1", "layer1", "layer2", "layer3"}
+
+
+def in_words(loss, network, logits, labels, epoch):
+    """The losses on logits, of functions that test_baselines.py holds against loops, with their papers' settings."""
+    n = torch.tensor(COUNTS)
+    deferred = baselines.effective_number_weights(n, 0.9999).double() if epoch >= 0.8 * EPOCHS else None
+    if loss == "bbn":
+        alpha = 1 - (epoch / EPOCHS) ** 2
+        return alpha * F.cross_entropy(logits, labels[:BATCH]) + (1 - alpha) * F.cross_entropy(logits, labels[BATCH:])
+    return {
+        "ce": lambda: F.cross_entropy(logits, labels),
+        "ce --drw": lambda: F.cross_entropy(logits, labels, weight=deferred),
+        "ldam": lambda: baselines.ldam_loss(logits, labels, baselines.ldam_margins(n)),
+        "ldam --drw": lambda: baselines.ldam_loss(logits, labels, baselines.ldam_margins(n), weight=deferred),
+        "focal": lambda: baselines.focal_loss(logits, labels, 2),
+        "cb-focal": lambda: baselines.focal_loss(logits, labels, 0.5, baselines.effective_number_weights(n, 0.999)),
+    }[loss]()
+
+
+@pytest.mark.parametrize("loss", ["ce", "ce --drw", "focal", "cb-focal", "ldam", "ldam --drw", "bbn",
+                                  *(f"ce --sampler {s}" for s in ("class", "sqrt", "progressive"))])
+def test_steps_on_logits(loss, small, script, tmp_path, float64, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "EPOCHS", 6 if "drw" in loss else EPOCHS)  # the last fifth: one epoch
+    settings = " ".join(SETTINGS).replace("--epochs 2", f"--epochs {EPOCHS}").split()
+    loss, _, sampler = loss.partition(" --sampler ")
+    flags = ["--sampler", sampler] * bool(sampler)
+    script(train_rep, "--loss", *loss.split(), *flags, *settings, *small, "--out", tmp_path / "run")
+    backbone = torch.load(tmp_path / "run/backbone.pt", weights_only=True)
+    head = torch.load(tmp_path / "run/head.pt", weights_only=True)
+
+    torch.manual_seed(SEED)
+    if loss == "bbn":
+        network = baselines.BBN(ARCHS["resnet8s"], 10)
+    else:
+        network = ARCHS["resnet8s"](num_classes=10)
+    if loss.startswith("ldam"):
+        network.fc = baselines.NormedLinear(64, 10)
+    if "focal" in loss:
+        nn.init.constant_(network.fc.bias, -math.log(9))
+    network.train()
+    sgd = Sgd(network)
+    for epoch in range(EPOCHS):
+        lr = LR * 0.1 ** ((epoch >= 0.6 * EPOCHS) + (epoch >= 0.8 * EPOCHS))
+        for (view,), labels, _ in batches(small, "bilateral" if loss == "bbn" else sampler or "instance", 1, epoch):
+            network.alpha = 1 - (epoch / EPOCHS) ** 2
+            sgd.step(in_words(loss, network, network(pixels(view)), labels, epoch), lr)
+
+    encoder = network.encoder if loss == "bbn" else network
+    for name, x in encoder.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.allclose(backbone[name].double(), x.double(), atol=1e-9, rtol=1e-9), name
+    weight = network.fc.weight.detach()
+    bias = torch.zeros(10) if loss.startswith("ldam") else network.fc.bias.detach()
+    assert torch.allclose(head["weight"], F.normalize(weight) if loss.startswith("ldam") else weight, rtol=1e-9)
+    assert torch.allclose(head["bias"], bias, rtol=1e-9)
+    assert head["counts"] == COUNTS and head["name"] == "run" and head["backbone"] == "backbone.pt"
+    name = baselines.LOSSES[loss.split()[0]] + "-DRW" * ("--drw" in loss)
+    assert head["protocol"] == f"joint {name}, {'bilateral' if loss == 'bbn' else sampler or 'instance'} sampling"
+
+
+def test_supcon_and_tsc_steps(small, script, tmp_path, float64):
+    script(train_rep, "--loss", "supcon", *SETTINGS, *small, "--out", tmp_path / "supcon")
+    torch.manual_seed(SEED)
+    network = with_head(ARCHS["resnet8s"], DIM)
+    sgd = Sgd(network)
+    for epoch in range(EPOCHS):
+        for views, labels, _ in batches(small, "instance", 2, epoch):
+            z = F.normalize(network(pixels(torch.cat(views))))
+            sgd.step(baselines.supcon_loss(z, labels.repeat(2), T), LR)
+    found = torch.load(tmp_path / "supcon/ckpt.pt", weights_only=True)["model"]
+    assert all(torch.allclose(found[name].double(), x.double(), rtol=1e-9) for name, x in network.state_dict().items())
+
+    # TSC is KCL in its first half, and is not in its second
+    of_loss = {}
+    for loss in ("kcl", "tsc"):
+        script(train_rep, "--loss", loss, "--num-positives", 2, *SETTINGS, *small, "--out", tmp_path / loss)
+        of_loss[loss] = [json.loads(line)["loss"] for line in open(tmp_path / loss / "log.jsonl").readlines()[1:]]
+    assert np.allclose(of_loss["kcl"][:3], of_loss["tsc"][:3], rtol=1e-6) and of_loss["kcl"][3] < of_loss["tsc"][3]
+    state = torch.load(tmp_path / "tsc/ckpt.pt", weights_only=True)["model"]
+    assert sorted(state["targets.owned"].tolist()) == list(range(10))
+
+
+@pytest.mark.parametrize("loss", ["kcl", "ce"])
+def test_ranks_and_parts_are_one_thing(loss, small, ranks, tmp_path, float64):
+    """One global batch on 1 x 4, 2 x 2 and 4 x 1 ranks x parts: weights, momentum, queue and statistics to 1e-9."""
+    found = []
+    for world in (1, 2, 4):
+        out = tmp_path / f"{world}"
+        ranks(world, "train_rep", "--loss", loss, *SETTINGS, *small, "--virtual-gpus", 4, "--out", out)
+        ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+        momentum = [x["momentum_buffer"] for x in ckpt["optimizer"]["state"].values()]
+        found.append([x for x in (*ckpt["model"].values(), *momentum) if isinstance(x, torch.Tensor)])
+        found[-1].append(torch.tensor([json.loads(line)["loss"] for line in open(out / "log.jsonl").readlines()[1:]]))
+    for other in found[1:]:
+        assert len(other) == len(found[0])
+        assert all(torch.allclose(x.double(), y.double(), atol=1e-9, rtol=1e-9) for x, y in zip(found[0], other))
+
+
+def without_times(log):
+    lines = [json.loads(line) for line in open(log)][1:]
+    return [{name: x for name, x in line.items() if name != "images_per_s"} for line in lines]
+
+
+@pytest.mark.parametrize("world, loss", [(1, "kcl"), (2, "kcl"), (1, "tsc"), (1, "bbn"), (1, "ce --sampler progressive")])
+def test_a_stopped_run_goes_on_to_the_bit(world, loss, small, ranks, tmp_path, monkeypatch):
+    """Stopped while it writes its second checkpoint; every tensor of the last one, and the log, are the same."""
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
+    settings = ["--loss", *loss.split(), *SETTINGS, "--epochs", 5, *small]
+    ranks(world, "train_rep", *settings, "--out", tmp_path / "straight")
+
+    def stop(state, path, save=checkpoint.save):
+        if path.name == "ckpt.pt" and state["epoch"] == 3:
+            (path.parent / "log.jsonl").open("a").write('{"epoch": 3, "st')  # a line cut off
+            raise KeyboardInterrupt
+        save(state, path)
+
+    with monkeypatch.context() as m, pytest.raises(AssertionError, match="KeyboardInterrupt"):
+        m.setattr(checkpoint, "save", stop)
+        ranks(world, "train_rep", *settings, "--out", tmp_path / "stopped")
+    assert not (tmp_path / "stopped/backbone.pt").exists()
+    said = ranks(world, "train_rep", *settings, "--out", tmp_path / "stopped")
+    assert "going on after epoch 2 of 5" in said
+
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("straight", "stopped"))
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(x, b["model"][name]) for name, x in a["model"].items() if isinstance(x, torch.Tensor))
+    assert a["model"].get("_extra_state", {}).get("ptr") == b["model"].get("_extra_state", {}).get("ptr")
+    for i, state in a["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
+    assert without_times(tmp_path / "straight/log.jsonl") == without_times(tmp_path / "stopped/log.jsonl")
+
+
+def test_finished_restart_and_other_settings(small, script, tmp_path, capsys):
+    out = tmp_path / "run"
+    settings = ["--loss", "ce", *SETTINGS, *small, "--out", out]
+    script(train_rep, *settings)
+    first = (out / "backbone.pt").stat().st_mtime_ns
+    with pytest.raises(SystemExit) as ended:
+        script(train_rep, *settings, "--log-every", 2)
+    assert ended.value.code == 0 and (out / "backbone.pt").stat().st_mtime_ns == first
+    assert "is finished already; --restart" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds a run with other settings .lr: 0.05 there, 0.1 here"):
+        script(train_rep, *settings, "--lr", 0.1)
+    script(train_rep, *settings, "--restart", "--lr", 0.1)
+    assert (out / "backbone.pt").stat().st_mtime_ns > first
+    assert json.loads(open(out / "log.jsonl").readline())["settings"]["lr"] == 0.1
+
+    # head.pt first, backbone.pt last: a run that ends between the two is not finished
+    (out / "backbone.pt").unlink()
+    (out / "head.pt").unlink()
+    script(train_rep, *settings, "--lr", 0.1)
+    assert (out / "head.pt").exists() and (out / "backbone.pt").exists()
+
+
+def test_amp_and_compile(small, script, tmp_path, monkeypatch):
+    compiled, dtypes = [], set()
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    conv = F.conv2d
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: dtypes.add(
+        (y := conv(x, w, b, self.stride, self.padding)).dtype) or y)
+    script(train_rep, "--loss", "kcl", *SETTINGS, *small, "--amp", "--compile", "--out", tmp_path / "run")
+    assert len(compiled) == 2 and dtypes == {torch.bfloat16}
+    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["model"]
+    assert {x.dtype for x in state.values() if isinstance(x, torch.Tensor) and x.is_floating_point()} == {torch.float32}
+    assert not any("_orig_mod" in name for name in state)
+
+
+def test_tensorboard_holds_the_log(small, script, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    script(train_rep, "--loss", "kcl", *SETTINGS, *small, "--tensorboard", "--out", tmp_path / "run")
+    accumulator = events.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    accumulator.Reload()
+    lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")][1:]
+    for name in ("loss", "lr", "feature_std"):
+        scalars = [(e.step, e.value) for e in accumulator.Scalars(name)]
+        assert np.allclose(scalars, [(line["step"], line[name]) for line in lines], rtol=1e-6)
+
+
+def test_defaults(monkeypatch, tmp_path):
+    """BalFeat's settings for photographs, and who is asked about the data set."""
+    def parse(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_rep.py", *map(str, flags)])
+        return train_rep.parse_args()
+
+    photos = ("--data", tmp_path, "--list", "ImageNet_LT_train.txt")
+    kcl_args, ce, cl = (parse("--loss", loss, *photos) for loss in ("kcl", "ce", "cl"))
+    assert (kcl_args.dataset, kcl_args.arch, kcl_args.batch, kcl_args.queue) == ("imagenet", "resnet50", 256, 65536)
+    assert (kcl_args.lr, kcl_args.schedule, kcl_args.epochs, kcl_args.aug) == (0.1, "cosine", 200, "sup")
+    assert (kcl_args.m, kcl_args.temperature, kcl_args.dim, kcl_args.num_positives) == (0.999, 0.07, 128, 6)
+    assert (ce.lr, ce.schedule, ce.epochs, ce.aug) == (0.1, "cosine", 90, "sup")
+    assert (cl.lr, cl.schedule, cl.epochs, cl.aug) == (0.03, "step", 200, "moco")
+    assert kcl_args.weight_decay == ce.weight_decay == cl.weight_decay == 5e-4
+    assert parse("--loss", "bbn", *photos).sampler == "bilateral" and ce.sampler == "instance"
+    assert str(ce.out) == f"runs/{tmp_path.name}-ImageNet_LT_train-ce-seed0"
+    (tmp_path / "splits.json").write_text('{"dataset": "cifar100"}')
+    assert parse("--data", tmp_path).arch == "resnet32"
+    assert parse("--loss", "ce", "--lr", 3, *photos[:2]).lr == 3
+    assert train_rep.learning_rate(2, "cosine", 0.5) == pytest.approx(1)
+    assert [train_rep.learning_rate(1, "step", t) for t in (0.59, 0.6, 0.8)] == pytest.approx([1, 0.1, 0.01])
+
+
+MISTAKES = [
+    ("--loss fcl --num-positives 3", "--num-positives goes with --loss kcl and tsc, not fcl"),
+    ("--loss ce --first-k", "--first-k goes with --loss kcl, not ce"),
+    ("--loss focal --drw", "--drw goes with --loss ce and ldam"),
+    ("--loss ce --virtual-gpus 3", "--virtual-gpus 3 must be a multiple of the 1 ranks and divide --batch 8"),
+    ("--loss supcon --virtual-gpus 2", "--loss supcon needs it whole"),
+    ("--dataset imagenet", "--dataset imagenet needs --data"),
+    ("--loss ce --list nowhere.txt --data {digits}", "nowhere.txt: no such list file"),
+    ("--loss ce --list val.txt --data {digits}", "images of the validation list val.txt are in the training list"),
+    ("--loss ce --batch 400", "the training list has 31 images, fewer than --batch 400"),
+]
+
+
+@pytest.mark.parametrize("flags, sentence", MISTAKES)
+def test_mistakes_end_in_one_sentence(flags, sentence, small, digits, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there = [] if "--data" in flags or "imagenet" in flags else small
+    with pytest.raises(SystemExit) as error:
+        script(train_rep, *SETTINGS, *there, *flags.format(digits=digits).split())
+    assert sentence in str(error.value) and str(error.value).startswith("error: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(small, script, tmp_path):
+    with pytest.raises(SystemExit, match="error: the loss is nan at step .; .*try a smaller --lr"):
+        script(train_rep, "--loss", "ce", *SETTINGS, *small, "--lr", 1e30, "--out", tmp_path)
+    assert not (tmp_path / "backbone.pt").exists()
+
+
+def test_digits_are_composed_where_they_are_missing(script, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train_rep.subprocess.run
+
+    def make_lt(command, **how):
+        return shutil.copytree(digits, "data/digits") if "make_lt.py" in str(command[1]) else run(command, **how)
+
+    monkeypatch.setattr(train_rep.subprocess, "run", make_lt)
+    script(train_rep, "--loss", "ce", "--epochs", 1, "--batch", 300)
+    assert (tmp_path / "runs/digits-lt-ce-seed0/backbone.pt").exists()

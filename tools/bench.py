@@ -1,0 +1,370 @@
+"""
+What a training step costs in time and memory: ratios, which carry over between machines, and the goals for them.
+
+    python tools/bench.py                       # all rows as a Markdown table: three minutes on a CPU
+    python tools/bench.py --only loss memory    # some of them
+    python tools/bench.py > bench.md            # on a GPU: a table to send back, with samples/s and memory of a step
+
+A / B: both are timed in turn, A B A B ..., and the row is the median of the n ratios. Time is CPU time of one thread,
+on a GPU that of CUDA events. Memory is the peak of what torch allocates. The rows beside pytorch-metric-learning and
+lightly appear where these are installed.
+"""
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms as T
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+import ddp
+from kcl import choose_slots, fast_kcl_loss, kcl_loss
+from moco import MoCo
+from resnet import ARCHS
+from train_linear import linear_heads
+
+# N queries, K keys, d: of the loss alone. arch, images, pixels: of a step; on a CPU 256 images would take a minute
+CPU = dict(N=256, K=65536, d=128, arch="resnet50", images=16, pixels=160)
+GPU = dict(CPU, images=256, pixels=224)
+QUICK = dict(N=8, K=16384, d=16, arch="resnet8", images=4, pixels=32)
+
+
+# ---- measuring
+
+def seconds(f, device):
+    if device.type == "cpu":
+        begin = time.process_time()
+        f()
+        return time.process_time() - begin
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    f()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def in_turn(a, n, *functions, device=None):
+    """n rounds of each function in turn -> for each its n seconds."""
+    for f in functions * 2:
+        f()
+    gc.collect()
+    gc.disable()
+    rounds = [[seconds(f, device or a.device) for f in functions] for _ in range(2 if a.quick else n)]
+    gc.enable()
+    return list(zip(*rounds))
+
+
+def peak_memory(f, device):
+    """MiB that f() holds at its peak beyond what was there before."""
+    f()  # what is allocated once and kept does not count
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        f()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    changes = [(e["ts"], i, e["args"]["Bytes"]) for i, e in enumerate(events) if e["name"] == "[memory]"]
+    return max(np.cumsum([0, *(change for _, _, change in sorted(changes))])) / 2**20
+
+
+def row(what, value, unit="", goal=None, source="", n=1):
+    """A line of the table. A goal that is missed is bold."""
+    mark = "**" if goal and value > goal else ""
+    measured = f"{mark}{value:.3g}{mark} {unit}".strip()
+    return f"| {what} | {measured} | {goal or ''} | {source} | {n} |"
+
+
+def ratio(what, A, B, goal=None, more=""):
+    source = f"{1000 * statistics.median(A):.4g} / {1000 * statistics.median(B):.4g} ms"
+    return row(what, statistics.median(x / y for x, y in zip(A, B)), "", goal, source + more, len(A))
+
+
+# ---- the loss
+
+def loss_inputs(a, K, C=1000):
+    """q, k (N, d), queue (K, d), labels (N,), queue_labels (K,): noisy unit vectors round a centre for each class."""
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(C, a.d, generator=g)
+    labels, queue_labels = (torch.randint(C, (n,), generator=g) for n in (a.N, K))
+    vectors = [F.normalize(centres[y] + torch.randn(len(y), a.d, generator=g)) for y in (labels, labels, queue_labels)]
+    return [x.to(a.device) for x in (*vectors, labels, queue_labels)]
+
+
+def with_gradient(loss, q, *inputs, **settings):
+    """A function that computes the loss and its gradient."""
+    return lambda: loss(q.detach().requires_grad_(), *inputs, **settings).backward()
+
+
+def two_matmuls(a):
+    """The floor of the loss: q queue^T, and that, in the place of its softmax, times queue; nothing is allocated."""
+    chunk = 1024 if a.device.type == "cpu" else a.K  # the faster way on each
+    q, _, queue, _, _ = loss_inputs(a, a.K)
+    logits, out = q.new_empty(a.N, min(chunk, a.K)), torch.empty_like(q)
+
+    def floor():
+        out.zero_()
+        for keys in queue.split(chunk):
+            out.addmm_(torch.mm(q, keys.T, out=logits[:, :len(keys)]), keys)
+    return floor
+
+
+def loss_row(a):
+    fast, plain = (with_gradient(loss, *loss_inputs(a, a.K)) for loss in (fast_kcl_loss, kcl_loss))
+    floor, fast, plain = in_turn(a, 15, two_matmuls(a), fast, plain)
+    yield ratio(f"fast_kcl_loss with its gradient / its two matmuls, N={a.N} K={a.K} d={a.d}", fast, floor, 1.10)
+    yield ratio("kcl_loss with its gradient / these matmuls", plain, floor)
+
+
+def memory_row(a):
+    for loss, goal in ((fast_kcl_loss, 5), (kcl_loss, None)):
+        peak = peak_memory(with_gradient(loss, *loss_inputs(a, a.K)), a.device)
+        yield row(f"peak memory of {loss.__name__} with its gradient, beyond the inputs", peak, "MiB", goal,
+                  f"N x K fp32 = {a.N * a.K / 2**18:.3g} MiB")
+
+
+def choice_row(a):
+    *_, labels, queue_labels = loss_inputs(a, a.K)
+    choice, floor = in_turn(a, 15, partial(choose_slots, labels, queue_labels), two_matmuls(a))
+    yield ratio("choice of the positives / the two matmuls", choice, floor, 0.02)
+
+
+def exact_row(a):
+    """A class has at most 6 keys in the queue here, so that KCL draws nothing and its value is known."""
+    q, k, queue, labels, _ = loss_inputs(a, a.K)
+    inputs = k, queue, labels, torch.arange(a.K, device=a.device) // 6
+
+    def value_and_gradient(loss, q, *inputs):
+        q = q.clone().requires_grad_()
+        value = loss(q, *inputs)
+        return value.item(), torch.autograd.grad(value, q)[0].cpu().double()
+
+    in_float64 = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in (q, *inputs)]
+    (true, true_gradient), (value, gradient) = (
+        value_and_gradient(kcl_loss, *in_float64), value_and_gradient(fast_kcl_loss, q, *inputs))
+    errors = abs(value / true - 1), ((gradient - true_gradient).norm() / true_gradient.norm()).item()
+    yield row("relative error of fast_kcl_loss and of its gradient against float64 on the CPU", max(errors), "", 1e-6,
+              f"{errors[0]:.1e}, {errors[1]:.1e}")
+
+
+def metric_learning(queue, queue_labels, N):
+    """FCL. Its memory takes the batch's keys before the loss is computed: N slots more for them."""
+    from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
+    memory = CrossBatchMemory(SupConLoss(temperature=0.07), queue.shape[1], N + len(queue))
+    memory.embedding_memory = torch.cat([queue[:N], queue])
+    memory.label_memory = torch.cat([queue_labels[:N], queue_labels])
+    memory.has_been_filled = True
+    is_key = torch.arange(2 * N, device=queue.device) >= N
+    return lambda q, k, labels: memory(torch.cat([q, k]), labels.repeat(2), enqueue_mask=is_key)
+
+
+def lightly(queue, queue_labels, N):
+    """CL."""
+    from lightly.loss import NTXentLoss
+    loss = NTXentLoss(temperature=0.07, memory_bank_size=tuple(queue.shape))
+    loss.memory_bank.bank = queue.clone()
+    return lambda q, k, labels: loss(q, k)
+
+
+def others_row(a, K=16384):
+    q, k, queue, labels, queue_labels = loss_inputs(a, K)
+    for package, name, num_positives, make in (("pytorch_metric_learning", "FCL", None, metric_learning),
+                                               ("lightly", "CL", 0, lightly)):
+        if importlib.util.find_spec(package) is None:
+            continue
+        one_q, one_k, doubles = q[:1].double(), k[:1].double(), queue.double()
+        ours = kcl_loss(one_q, one_k, doubles, labels[:1], queue_labels, num_positives).item()
+        theirs = make(doubles, queue_labels, 1)(one_q, one_k, labels[:1]).item()
+        if abs(theirs / ours - 1) > 1e-6:  # one query: in a memory with the batch it would see the others' keys
+            sys.exit(f"error: {package} computes another loss, {theirs} for {ours}; try another version of it")
+
+        functions = [with_gradient(loss, q, k, queue, labels, queue_labels, num_positives=num_positives)
+                     for loss in (fast_kcl_loss, kcl_loss)]
+        functions.append(with_gradient(make(queue, queue_labels, a.N), q, k, labels))
+        times = in_turn(a, 9, *functions)
+        peaks = [peak_memory(f, a.device) for f in functions]
+        for i, ours in enumerate(("fast_kcl_loss", "kcl_loss")):
+            yield ratio(f"{name}: {ours} / {package}, N={a.N} K={K} d={a.d}", times[i], times[2],
+                        more=f"; memory {peaks[i]:.3g} / {peaks[2]:.3g} MiB")
+
+
+# ---- a step
+
+def kcl_step(a, amp=False, compiled=False):
+    """A step of train_rep.py from uint8 images on, its calls in its order."""
+    autocast = torch.autocast(a.device.type, torch.bfloat16, enabled=amp)
+    moco = MoCo(ARCHS[a.arch], a.d, a.K).to(a.device, memory_format=torch.channels_last)
+    moco.queue_labels.random_(1000)
+    if compiled:
+        moco.encoder_q.compile()
+        moco.encoder_k.compile()
+    net = ddp.wrap(moco.encoder_q)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+    views, labels = random_batch(a)
+
+    def step():
+        moco.update_key_encoder()
+        with autocast:
+            keys, key_labels = moco.keys(views[1], labels, to_input)
+        optimizer.zero_grad()
+        with autocast:
+            z = net(to_input(views[0])).float()
+        fast_kcl_loss(F.normalize(z), moco.own(keys), moco.queue, labels, moco.queue_labels).backward()
+        optimizer.step()
+        moco.enqueue(keys, key_labels)
+    return step
+
+
+def ce_step(a):
+    net = ddp.wrap(ARCHS[a.arch](num_classes=1000).to(a.device, memory_format=torch.channels_last))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+    views, labels = random_batch(a)
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(net(to_input(views[0])), labels).backward()
+        optimizer.step()
+    return step
+
+
+def random_batch(a):
+    views = torch.randint(256, (2, a.images, 3, a.pixels, a.pixels), dtype=torch.uint8, device=a.device)
+    return views, torch.randint(1000, (a.images,), device=a.device)
+
+
+def to_input(images):
+    return data.normalize(images, data.IMAGENET_MEAN, data.IMAGENET_STD, images.device)
+
+
+def momentum_row(a):
+    moco, other = (MoCo(ARCHS[a.arch], a.d, 1).to(a.device) for _ in range(2))
+
+    def loop():
+        for p, p_key in zip(other.encoder_q.parameters(), other.encoder_k.parameters()):
+            p_key.data = p_key.data * other.m + p.data * (1 - other.m)
+
+    update, loop = in_turn(a, 15, moco.update_key_encoder, loop)
+    yield ratio(f"update of the key encoder / MoCo's loop over its parameters, {a.arch}", update, loop, 0.40)
+
+
+def step_row(a):
+    kcl, ce = in_turn(a, 5, kcl_step(a), ce_step(a))
+    yield ratio(f"KCL step / CE step, {a.arch}, {a.images} x {a.pixels} px, fp32", kcl, ce, 1.40)
+
+
+def input_row(a):
+    count, pixels, rng = 8, 32 if a.quick else 224, np.random.default_rng(0)
+    to_view = T.Compose([T.RandomResizedCrop(pixels), T.RandomHorizontalFlip(), T.ToTensor(),
+                         T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)])
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(count):  # shapes and grain: JPEGs of 100 kB, as ImageNet's
+            shapes, grain = (Image.fromarray(rng.integers(256, size=size, dtype=np.uint8)).resize((500, 375))
+                             for size in ((24, 32, 3), (375, 500, 3)))
+            Image.blend(shapes, grain, 0.1).save(f"{folder}/{i}.jpg", quality=95)
+        Path(folder, "list.txt").write_text("".join(f"{i}.jpg 0\n" for i in range(count)))
+        images = data.ImageList(folder, "list.txt", {"pixels": pixels, "resize": pixels}, "sup", num_views=2)
+
+        def ours():
+            for i in range(count):
+                images[i, i]
+
+        def pil():
+            for i in range(count):
+                image = Image.open(f"{folder}/{i}.jpg").convert("RGB")
+                to_view(image), to_view(image)
+
+        ours, pil = in_turn(a, 15, ours, pil, device=torch.device("cpu"))
+    yield ratio(f"{count} samples of two crops from JPEGs / PIL and torchvision's transforms, CPU", ours, pil, 0.55)
+
+
+def probe_row(a):
+    backbone = ARCHS[a.arch]()
+    D, backbone.fc = backbone.fc.in_features, nn.Identity()
+    backbone.to(a.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    views, labels = random_batch(a)
+
+    def probe(M):
+        heads = linear_heads(M, D, 1000).to(a.device)
+        optimizer = torch.optim.SGD(heads.parameters(), 0.1, momentum=0.9, fused=True)
+
+        def step():
+            losses = [F.cross_entropy(logits, labels) for logits in heads(backbone(to_input(views[0])))]
+            optimizer.zero_grad()
+            sum(losses).backward()
+            optimizer.step()
+        return step
+
+    eight, one = in_turn(a, 7, probe(8), probe(1))
+    yield ratio(f"probe with 8 learning rates / with one, {a.arch}, {a.images} x {a.pixels} px", eight, one, 1.15)
+
+
+def gpu_row(a, steps=5):
+    if a.device.type == "cpu":
+        return
+    for compiled in (False, True):
+        step = kcl_step(a, amp=True, compiled=compiled)
+        times, = in_turn(a, 5, lambda step=step: [step() for _ in range(steps)])
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        what = f"KCL step, {a.arch}, {a.images} x {a.pixels} px, bf16{', compiled' * compiled}"
+        yield row(what, steps * a.images / statistics.median(times), "samples/s", n=len(times))
+        yield row("its peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+
+
+ROWS = {"loss": loss_row, "memory": memory_row, "choice": choice_row, "exact": exact_row, "others": others_row,
+        "momentum": momentum_row, "step": step_row, "input": input_row, "probe": probe_row, "gpu": gpu_row}
+
+
+def hardware(device):
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = re.findall(r"model name\s*: (.*)", info) or [platform.machine()]
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
+    return f"{gpu}; {os.cpu_count()} cores of {names[0]}, {torch.backends.cpu.get_cpu_capability()}, one thread"
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    p.add_argument("--images", type=int, help="in a step: 16, on a GPU 256 by default; fewer where they do not fit")
+    p.add_argument("--quick", action="store_true", help="tiny sizes, n = 2: whether it runs; the figures mean nothing")
+    args = p.parse_args()
+
+    device = ddp.init()  # on a CPU glibc keeps freed memory from here on
+    torch.set_num_threads(1)
+    a = argparse.Namespace(**(QUICK if args.quick else GPU if device.type == "cuda" else CPU))
+    a.device, a.quick, a.images = device, args.quick, args.images or a.images
+
+    began = time.time()
+    print(f"{hardware(device)}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+    print("\n| what | measured | goal | from | n |\n|---|---|---|---|---|", flush=True)
+    for name in args.only:
+        torch.manual_seed(0)
+        for line in ROWS[name](a):
+            print(line, flush=True)
+        gc.collect()
+    print(f"\n{time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    ddp.run(main)

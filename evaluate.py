@@ -139,7 +139,7 @@ def extract(backbone, dataset, head, device, batch, workers):
     features, labels = [], []
     name = f"features of {head['name']} on {dataset.name}"
     loader = data.eval_loader(dataset, batch, workers)
-    for (view,), y, _ in tqdm(loader, desc=name, disable=ddp.rank() > 0, leave=False):
+    for (view,), y, _ in tqdm(loader, desc=name, disable=ddp.rank() > 0 or None, leave=False):
         features.append(backbone(data.normalize(view, head["mean"], head["std"], device)))
         labels.append(y.to(device))
     return torch.cat(features), torch.cat(labels)

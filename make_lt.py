@@ -202,7 +202,7 @@ def make_digits(out="data/digits", seed=0, imbalance=100):
         write_table(root, "digits", counts)
         if not Path(out).exists():  # another process may have been faster
             root.rename(out)
-    print(f"composed {out}: {sources.PER_CLASS} images of each class")
+    print(f"composed {out}: {sources.PER_CLASS} digits of each class, {sources.COMPOSITIONS} images of each digit")
 
 
 def parse_args():

@@ -18,6 +18,7 @@ from data import read_list
 
 EMBEDDED = Path(__file__).parent / "embedded" / "mnist_5k.npz"
 PER_CLASS = {"train": 350, "val": 50, "test": 100}  # digits; none serves two splits
+COMPOSITIONS = {"train": 1, "val": 4, "test": 4}    # images of each digit: other places, clutter and noise
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
 PUBLISHED = {"train_lt": "ImageNet_LT_train", "val": "ImageNet_LT_val", "test": "ImageNet_LT_test"}
 
@@ -31,23 +32,20 @@ def expect(path, what):
 # ---- the embedded digits
 
 def clutter(digits, i, rng):
-    """Digit i of `digits` (n, 28, 28) in clutter, uint8 (32, 32): clean digits are too easy for a long tail to hurt.
+    """Digit i of `digits` (n, 22, 22) in clutter, uint8 (32, 32): clean digits are too easy for a long tail to hurt.
 
-    The digit has 22 px and a random place. Five 7 x 7 fragments of other digits cover it where they are brighter.
-    Gaussian noise of std 0.15 is added.
+    The digit has a random place. Five 7 x 7 fragments of other digits cover it where they are brighter. Gaussian noise
+    of std 0.15 is added.
     """
-    def shrink(j):
-        return np.asarray(Image.fromarray(digits[j]).resize((22, 22), Image.BILINEAR))
-
     canvas = np.zeros((32, 32), np.uint8)
     y, x = rng.randint(0, 32 - 22 + 1, 2)
-    canvas[y:y + 22, x:x + 22] = shrink(i)
+    canvas[y:y + 22, x:x + 22] = digits[i]
 
     for _ in range(5):
         other = (i + rng.randint(1, len(digits))) % len(digits)  # never i itself
         y, x = rng.randint(4, 4 + 14 - 7 + 1, 2)                 # from the inner 14 px, where the ink is
         v, u = rng.randint(0, 32 - 7 + 1, 2)
-        fragment = shrink(other)[y:y + 7, x:x + 7]
+        fragment = digits[other][y:y + 7, x:x + 7]
         canvas[v:v + 7, u:u + 7] = np.maximum(canvas[v:v + 7, u:u + 7], fragment)
 
     noisy = canvas / 255 + 0.15 * rng.standard_normal((32, 32))
@@ -69,11 +67,13 @@ def compose(root, rng):
     embedded = np.load(EMBEDDED)
     chosen, splits = split_digits(embedded["labels"], rng), {}
     for name, n in PER_CLASS.items():
-        digits = embedded["images"][chosen[name]]  # the fragments come from the same split
-        splits[name] = [[f"{name}/{c}/{i:03d}.png" for i in range(n)] for c in range(10)]
+        digits = [Image.fromarray(digit) for digit in embedded["images"][chosen[name]]]
+        digits = np.stack([digit.resize((22, 22), Image.BILINEAR) for digit in digits])
+        copies = COMPOSITIONS[name]
+        splits[name] = [[f"{name}/{c}/{i:03d}.png" for i in range(n * copies)] for c in range(10)]
         for i, path in enumerate(sum(splits[name], [])):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(clutter(digits, i, rng)).save(root / path)
+            Image.fromarray(clutter(digits, i // copies, rng)).save(root / path)
     return splits
 
 

@@ -157,7 +157,8 @@ def encode_all(encode, dataset, D, args, device):
     0.95 GB for ImageNet-LT with a ResNet-50."""
     features = torch.zeros(len(dataset), D, device=device)
     images = data.eval_loader(dataset, args.batch, args.workers)
-    for (view,), _, index in tqdm(images, desc=f"features of {dataset.name}", disable=ddp.rank() > 0, leave=False):
+    name = f"features of {dataset.name}"
+    for (view,), _, index in tqdm(images, desc=name, disable=ddp.rank() > 0 or None, leave=False):
         features[index.to(device)] = encode(view)
     torch.distributed.all_reduce(features)                                # a row is one rank's, and 0 on the others
     return features
@@ -255,7 +256,7 @@ def main():
     if ddp.rank() == 0:
         log = checkpoint.open_log(args.out, header, begin * steps if ckpt else None, args.tensorboard)
     saved = time.time()
-    for epoch in tqdm(range(begin, args.epochs), desc=str(args.out), unit="epoch", disable=ddp.rank() > 0):
+    for epoch in tqdm(range(begin, args.epochs), desc=str(args.out), unit="epoch", disable=ddp.rank() > 0 or None):
         draws.set_epoch(epoch)
         for group, (lr, _) in zip(optimizer.param_groups, pairs):
             group["lr"] = learning_rate(lr, args.schedule, epoch / args.epochs)

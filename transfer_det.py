@@ -60,7 +60,7 @@ from resnet import ARCHS, load_backbone
 # base_lr: for 16 images a step. drops: lr x0.1 after these shares. scales: shorter sides, the last one in testing too.
 PHOTOS = dict(arch="c4", encoder="resnet50", batch=16, base_lr=0.02, max_size=1333, mirror=True,
               mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD, workers=min(8, os.cpu_count()))
-DIGITS = dict(arch="fpn", encoder="resnet8", batch=8, base_lr=0.1, max_size=128, mirror=False,
+DIGITS = dict(arch="fpn", encoder="resnet8s", batch=8, base_lr=0.1, max_size=128, mirror=False,
               mean=data.DATASETS["digits"]["mean"], std=data.DATASETS["digits"]["std"], workers=0)
 SETTINGS = {
     "voc": dict(PHOTOS, masks=False, iterations=24_000, warmup=100, drops=(18 / 24, 22 / 24),
@@ -272,7 +272,7 @@ def precise_bn(detector, batches):
 
 
 def progress(things, name, **more):
-    return tqdm(things, name, disable=ddp.rank() > 0, mininterval=1, **more)
+    return tqdm(things, name, disable=ddp.rank() > 0 or None, mininterval=1, **more)
 
 
 @torch.no_grad()
@@ -424,7 +424,7 @@ def parse_args():
     p.add_argument("--workers", type=int, help="data workers of each rank: 8 or the cores, digits 0")
     # model
     p.add_argument("--pretrained", help="a backbone.pt, or none; digits: runs/digits-lt-kcl-seed<n>/backbone.pt")
-    p.add_argument("--encoder", choices=tuple(ARCHS), help="as in --pretrained's log, else resnet50, digits resnet8")
+    p.add_argument("--encoder", choices=tuple(ARCHS), help="as in --pretrained's log, else resnet50, digits resnet8s")
     p.add_argument("--arch", choices=("c4", "fpn"), help="c4 has the paper's numbers; digits fpn")
     p.add_argument("--bf16", action="store_true", help="backbone and heads in bfloat16")
     # optimisation

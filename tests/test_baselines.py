@@ -39,7 +39,7 @@ def seeded(monkeypatch):
 def test_classifier_is_what_the_loss_has_trained(loss):
     """weight and bias on the backbone's features decide as the network does."""
     args = flags(loss)
-    model = baselines.network(args, resnet.ARCHS["resnet8"], COUNTS).eval()
+    model = baselines.network(args, resnet.ARCHS["resnet8s"], COUNTS).eval()
     encoder, x = getattr(model, "encoder", model), torch.randn(6, 3, 32, 32)
     if "focal" in loss:
         assert torch.allclose(model.fc.bias.sigmoid(), torch.full((4,), 1 / 4))   # a sigmoid's prior is 1 / C
@@ -55,7 +55,7 @@ def test_classifier_is_what_the_loss_has_trained(loss):
 
 
 def test_networks_of_contrastive_losses():
-    encoder = resnet.ARCHS["resnet8"]
+    encoder = resnet.ARCHS["resnet8s"]
     assert baselines.network(flags("supcon"), encoder, COUNTS)(torch.randn(2, 3, 32, 32)).shape == (2, 8)
     moco = baselines.network(flags("tsc"), encoder, COUNTS)
     assert isinstance(moco, MoCo) and moco.queue.shape == (6, 8) and moco.targets.targets.shape == (4, 8)
@@ -82,7 +82,7 @@ def test_weights_of_classes_are_of_the_right_epochs(loss, drw, epoch):
 @pytest.mark.parametrize("epoch, alpha", [(0, 1), (5, 0.75), (9, 0.19)])
 def test_bbn_goes_from_the_whole_to_the_tail(epoch, alpha):
     """alpha = 1 - (t / T)^2 in the features and in the loss."""
-    model = baselines.network(flags("bbn"), resnet.ARCHS["resnet8"], COUNTS)
+    model = baselines.network(flags("bbn"), resnet.ARCHS["resnet8s"], COUNTS)
     loss = baselines.criterion(flags("bbn"), model, COUNTS, epoch)
     z, y = torch.randn(3, 4), torch.tensor([0, 1, 2, 3, 3, 1])            # labels of both streams
     log_p = z.log_softmax(1)
@@ -98,7 +98,7 @@ def test_supcon_normalises_and_takes_both_views():
 
 
 def test_tsc_warms_up_with_kcl_in_the_first_half():
-    model, args = baselines.network(flags("tsc"), resnet.ARCHS["resnet8"], COUNTS), flags("tsc")
+    model, args = baselines.network(flags("tsc"), resnet.ARCHS["resnet8s"], COUNTS), flags("tsc")
     q, k, queue, y, queue_y = unit(5, 8), unit(5, 8), unit(6, 8), torch.tensor([0, 1, 2, 3, 1]), torch.arange(6) - 1
     targets, step = model.targets, (q, k, queue, y, queue_y)
     targets.means.copy_(targets.targets[[2, 0, 3, 1]])                    # class 0 is nearest to target 2, ...
@@ -174,7 +174,7 @@ def test_ldam_loss(weight):
 
 def test_bbn_halves_its_batch_and_mixes_as_in_the_paper():
     """By hand: the shared part, then each branch on its own half of the images."""
-    net = baselines.BBN(resnet.ARCHS["resnet8"], 10)
+    net = baselines.BBN(resnet.ARCHS["resnet8s"], 10)
     net.alpha, branches, e = 0.7, net.branches[0], net.encoder
     assert all(map(torch.equal, branches.conventional.parameters(), branches.rebalanced.parameters()))
     for p in branches.rebalanced.parameters():

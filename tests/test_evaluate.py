@@ -122,12 +122,12 @@ def heads(digits, tmp_path_factory):
     paths = []
     for seed, folder, protocol in ((0, "", "joint CE, instance sampling"), (0, "linear-lt", "lt: linear"), (1, "linear-lt", "lt: linear")):
         torch.manual_seed(seed)
-        encoder = resnet.ARCHS["resnet8"]()
+        encoder = resnet.ARCHS["resnet8s"]()
         path = root / f"kcl-seed{seed}" / folder / "head.pt"
         path.parent.mkdir(parents=True)
         torch.save({n: x for n, x in encoder.state_dict().items() if n[:3] != "fc."}, root / f"kcl-seed{seed}/backbone.pt")
         torch.save({"weight": torch.randn(10, 64), "bias": torch.randn(10), "backbone": "../backbone.pt" if folder else "backbone.pt",
-                    "arch": "resnet8", "dataset": "digits", "data": str(digits), "list": str(root / "lt.txt"), "counts": counts,
+                    "arch": "resnet8s", "dataset": "digits", "data": str(digits), "list": str(root / "lt.txt"), "counts": counts,
                     "counts_of": str(root / "lt.txt"), "list_sha256": data.sha256(root / "lt.txt"), "name": f"kcl-seed{seed}",
                     "protocol": protocol, "chosen": "", **{n: data.DATASETS["digits"][n] for n in ("mean", "std", "pixels", "resize")}},
                    path)
@@ -169,7 +169,7 @@ def test_heads_together_score_as_each_alone_and_encode_once(script, heads, monke
 def extract_literally(path):
     head = torch.load(path, weights_only=True)
     dataset = data.ImageList(head["data"], str(Path(head["list"]).with_name("test.txt")), head)
-    backbone = resnet.load_backbone(path.parent / head["backbone"], "resnet8").eval()
+    backbone = resnet.load_backbone(path.parent / head["backbone"], "resnet8s").eval()
     images = torch.stack([dataset[i][0][0] for i in range(len(dataset))])
     with torch.no_grad():
         return backbone((images / 255 - 0.179) / 0.279), dataset.labels
@@ -182,7 +182,7 @@ def test_two_ranks_score_as_one(script, ranks, heads):
     two = written(heads)
     assert printed.count("In percent, but for beta") == 1
     for key, row in one.items():
-        assert row["images"] == two[key]["images"] == 100
+        assert row["images"] == two[key]["images"] == 400
         assert np.allclose(row["per_class"], two[key]["per_class"], atol=0.11)  # an image of ten may be a tie
 
 

@@ -23,7 +23,7 @@ def run(digits, tmp_path_factory):
         lines = (digits / source).read_text().splitlines(keepends=True)
         (root / name).write_text("".join(lines[::every]))
     torch.manual_seed(0)
-    encoder = resnet.ARCHS["resnet8"]()
+    encoder = resnet.ARCHS["resnet8s"]()
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
@@ -51,7 +51,7 @@ def linear(script, digits, run, tmp_path, monkeypatch):
 
 
 def command(run, digits):
-    return (run / "backbone.pt", "--arch", "resnet8", "--dataset", "digits", "--data", digits, "--list", run / "small.txt",
+    return (run / "backbone.pt", "--arch", "resnet8s", "--dataset", "digits", "--data", digits, "--list", run / "small.txt",
             "--val", run / "val.txt", "--epochs", 2, "--batch", 50)
 
 
@@ -69,7 +69,7 @@ def images(digits, lines):
 def literal_features(run, digits, name):
     """(n, D) features and (n,) labels of a list."""
     lines = (run / name).read_text().splitlines()
-    backbone = resnet.load_backbone(run / "backbone.pt", "resnet8").eval()
+    backbone = resnet.load_backbone(run / "backbone.pt", "resnet8s").eval()
     with torch.no_grad():
         return backbone(images(digits, lines)), torch.tensor([int(line.split()[1]) for line in lines])
 
@@ -212,7 +212,7 @@ def test_groups_are_made_by_what_the_backbone_has_seen(script, digits, run, tmp_
     """But for a half of the classes, which the backbone's list numbers in another way."""
     monkeypatch.setattr(train_linear, "encode_all", lambda encode, dataset, D, *_: torch.zeros(len(dataset), D))
     (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
-    settings = dict(arch="resnet8", dataset="digits", data=str(digits), list="train_lt.txt", loss="kcl",
+    settings = dict(arch="resnet8s", dataset="digits", data=str(digits), list="train_lt.txt", loss="kcl",
                     list_sha256=data.sha256(digits / "train_lt.txt"))
     (tmp_path / "log.jsonl").write_text(json.dumps({"settings": settings}) + "\n")
     script(train_linear, tmp_path / "backbone.pt", *flags, "--features", "cached", "--epochs", 1, "--lr", 1, "--out",
@@ -244,7 +244,7 @@ def test_the_list_of_the_backbone_is_the_one_it_was_trained_on(script, digits, r
     seen = (digits / "train_lt.txt").read_text() + (digits / "val.txt").read_text()
     for text, sentence in (("", "train_lt.txt is another list than the one that was trained on"), (seen, "are in the training list")):
         (tmp_path / "lt.txt").write_text(seen)
-        settings = dict(arch="resnet8", dataset="digits", data=str(digits), loss="ce",
+        settings = dict(arch="resnet8s", dataset="digits", data=str(digits), loss="ce",
                         list=str(tmp_path / "lt.txt") if text else "train_lt.txt",
                         list_sha256=data.sha256(tmp_path / "lt.txt"))
         (tmp_path / "log.jsonl").write_text(json.dumps({"settings": settings}) + "\n")

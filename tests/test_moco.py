@@ -26,7 +26,7 @@ def test_a_new_moco_has_equal_encoders_and_a_random_queue_without_labels():
     assert all(map(torch.equal, moco.encoder_q.parameters(), moco.encoder_k.parameters()))
     assert not any(p.requires_grad for p in moco.encoder_k.parameters())
     assert torch.allclose(moco.queue.norm(dim=1), torch.ones(50)) and (moco.queue_labels == -1).all()
-    fc = MoCo(resnet.ARCHS["resnet8"], dim=16, K=4, mlp=True).encoder_q.fc
+    fc = MoCo(resnet.ARCHS["resnet8s"], dim=16, K=4, mlp=True).encoder_q.fc
     assert [tuple(p.shape) for p in fc.parameters()] == [(64, 64), (64,), (16, 64), (16,)]
 
 

@@ -42,11 +42,11 @@ def test_pca_against_the_svd():
 def head(digits, tmp_path):
     """A run with a joint head and its eval.json; the groups are by sizes that no list has."""
     torch.manual_seed(0)
-    encoder = resnet.ARCHS["resnet8"]()
+    encoder = resnet.ARCHS["resnet8s"]()
     torch.save({n: x for n, x in encoder.state_dict().items() if n[:3] != "fc."}, tmp_path / "backbone.pt")
     counts = [20, 1200, 3, 50, 60, 70, 80, 90, 300, 7]
     spec = {name: data.DATASETS["digits"][name] for name in ("mean", "std", "pixels", "resize")}
-    torch.save({"weight": torch.randn(10, 64), "bias": torch.zeros(10), "backbone": "backbone.pt", "arch": "resnet8",
+    torch.save({"weight": torch.randn(10, 64), "bias": torch.zeros(10), "backbone": "backbone.pt", "arch": "resnet8s",
                 "dataset": "digits", "data": str(digits), "list": "train_lt.txt", "counts": counts, "counts_of": "lt.txt",
                 "list_sha256": "", "name": "digits-lt-ce-seed0", "protocol": "joint CE", "chosen": "", **spec}, tmp_path / "head.pt")
     row = {"run": "digits-lt-ce-seed0", "protocol": "joint CE, instance sampling", "top1": 0.5, "balancedness": 0.7,
@@ -62,7 +62,7 @@ def test_feature_space_shows_as_many_of_each_class(head, digits):
     assert points.shape == (100, 2) and np.bincount(labels).tolist() == [10] * 10 and 0 < share[1] <= share[0] < 1
     first = [line for line in (digits / "val.txt").read_text().splitlines() if line.endswith(" 1")][:10]
     images = torch.stack([torch.from_numpy(np.array(Image.open(digits / line[:-2]).convert("RGB"))) for line in first])
-    backbone = resnet.load_backbone(head.with_name("backbone.pt"), "resnet8").eval()
+    backbone = resnet.load_backbone(head.with_name("backbone.pt"), "resnet8s").eval()
     with torch.no_grad():
         x = backbone((images.permute(0, 3, 1, 2) / 255 - 0.179) / 0.279).double()
     x = (x / x.norm(dim=1, keepdim=True)).numpy()

@@ -1,6 +1,6 @@
 """
-What KCL is compared with: the losses, classifiers and branches of the paper's tables, and two relatives it should stand
-next to. Pure functions of logits or embeddings; what train_rep.py asks of this file stands first.
+What KCL is compared with: the losses and networks of the paper's tables, and SupCon and TSC, which are not in it. What
+train_rep.py asks of this file stands first.
 
     focal, cb-focal   focal_loss, effective_number_weights     Lin et al. 2017; Cui et al. 2019
     ldam, --drw       ldam_loss, ldam_margins, NormedLinear    Cao et al. 2019
@@ -11,8 +11,11 @@ next to. Pure functions of logits or embeddings; what train_rep.py asks of this 
 CE and its samplers, cRT, LWS, NCM, tau-norm and SSP are no losses of their own: train_rep.py --sampler and --init,
 train_linear.py --classifier, evaluate.py --ncm and --tau-norm.
 
-Add your loss here: its name in LOSSES; in LOGITS if it trains a classifier along; in VIEWS if it takes two views of an
-image; a branch in `criterion`, and in `network` if it needs another network than a ResNet with C outputs.
+Add your loss here: its name in LOSSES; in LOGITS if it trains a classifier along; in VIEWS if it takes two views; a
+branch in `criterion`, and in `network` if it needs more than a ResNet with C outputs. What `criterion` returns takes
+    logits (b, C), labels (b,)                        for most losses
+    z (2 b, d), labels (b,)                           with two views, one after the other; z is not normalised
+    q, k (b, d), queue, labels (b,), queue_labels     where `network` returns a MoCo: what kcl_loss takes
 """
 import itertools
 import math
@@ -33,15 +36,15 @@ LOSSES = {"ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDAM", 
           "tsc": "TSC"}                                                   # train_rep.py --loss: the name in tables
 LOGITS = ("ce", "focal", "cb-focal", "ldam", "bbn")                       # these train a classifier along
 VIEWS = {"supcon": 2, "tsc": 2}                                           # of an image; the others take one
-WHOLE_BATCH = ("bbn", "supcon", "tsc")                                    # these cannot take a batch in parts
-DEFAULTS = {"bbn": dict(sampler="bilateral")}                             # flags that a loss changes
+WHOLE_BATCH = ("bbn", "supcon", "tsc")                                    # these have no --virtual-gpus
+DEFAULTS = {"bbn": dict(sampler="bilateral")}                             # defaults of flags that a loss changes
 
 
 # ---- what train_rep.py asks for
 
 def network(args, encoder, counts):
     """The network of a loss; encoder: a torchvision-style constructor, counts (C,): training images of each class.
-    A MoCo is trained on queries, keys and queue, anything else on what it returns for the images."""
+    If it is a MoCo, train_rep.py runs key encoder and queue."""
     C = len(counts)
     if args.loss == "supcon":
         return with_head(encoder, args.dim, args.mlp)
@@ -61,8 +64,8 @@ def network(args, encoder, counts):
 
 
 def criterion(args, model, counts, epoch):
-    """The loss of an epoch: of (logits, labels), or of kcl_loss' five tensors where the model is a MoCo. A function of
-    the epoch alone, so that a resumed run needs no state of it."""
+    """The loss function of an epoch. It is built anew for each from the epoch's number, so a resumed run needs no state
+    of it."""
     device, t = next(model.parameters()).device, epoch / args.epochs
     if args.loss == "bbn":
         model.alpha = bbn_alpha(epoch, args.epochs)
@@ -83,13 +86,17 @@ def criterion(args, model, counts, epoch):
         return partial(F.cross_entropy, weight=weight)
     if args.loss == "ldam":
         return partial(ldam_loss, margins=ldam_margins(counts).to(device), weight=weight)
-    return partial(focal_loss, gamma=2.0 if args.loss == "focal" else 0.5, weight=weight)
+    if args.loss == "focal":
+        return focal_loss
+    if args.loss == "cb-focal":
+        return partial(focal_loss, gamma=0.5, weight=weight)
+    raise NotImplementedError(f"--loss {args.loss} has no branch here")
 
 
 def classifier(args, model):
     """Weight (C, D) and bias (C,) of the classifier that a loss in LOGITS has trained along."""
     weight = model.fc.weight.detach()
-    if args.loss == "ldam":  # the cosine's other norm, of an image's features, is the same for all classes
+    if args.loss == "ldam":  # the norm of an image's features scales all of its logits alike
         return F.normalize(weight), torch.zeros(len(weight))
     return weight, model.fc.bias.detach()
 

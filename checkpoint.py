@@ -60,8 +60,8 @@ def resume(out, settings, finished, restart=False):
     differ = [f"{name}: {there.get(name)} there, {x} here" for name, x in settings.items()
               if name not in FREE and there.get(name) != x]
     if differ:
-        sys.exit(f"error: {out} holds a run with other settings ({', '.join(differ)}); name another --out, or "
-                 "--restart to throw it away")
+        sys.exit(f"error: {out} holds a run with other settings ({', '.join(differ)}); say these, name another --out, "
+                 "or --restart to throw it away")
     if (out / finished).exists():
         ddp.print0(f"{out} is finished already; --restart trains it again")
         sys.exit(0)

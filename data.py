@@ -29,11 +29,11 @@ except ImportError:  # deprecated since torchvision 0.29; PIL decodes the same p
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# kind: whose hyper-parameters a data set takes. root: its folder. pixels: after the shorter side is `resize`.
+# kind: whose hyper-parameters a data set takes. root: its folder. pixels: of the crop, out of a shorter side of resize.
 # Lists: `train` for the representation, `full` balanced, `val` chooses ("none": there is none), `test` is reported.
 LISTS = dict(train="train_lt.txt", full="train_full.txt", val="val.txt", test="test.txt")
 PHOTOS = dict(kind="photos", root=None, pixels=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, **LISTS)
-CIFAR = dict(kind="cifar", pixels=32, resize=32, **LISTS) | dict(val="none")  # its largest class takes every image
+CIFAR = dict(kind="cifar", pixels=32, resize=32, **LISTS) | dict(val="none")  # the largest class takes all images
 DATASETS = {
     "digits": dict(kind="digits", root="data/digits", pixels=32, resize=32, mean=(0.179,) * 3, std=(0.279,) * 3,
                    **LISTS),
@@ -151,7 +151,7 @@ class ImageList(Dataset):
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, 0)
         image = self.image(index)
-        state = torch.get_rng_state()  # without workers this is the run's own stream
+        state = torch.get_rng_state()  # without workers this is the training's own stream: it is put back
         torch.default_generator.manual_seed(seed)
         views = [self.transform(image) for _ in range(self.num_views)]
         torch.set_rng_state(state)

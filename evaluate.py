@@ -118,8 +118,8 @@ def load_head(path, root=None, groups=None):
     return head
 
 
-def joint(head):
-    """Trained together with its backbone: what tau-norm is for."""
+def joint_ce(head):
+    """Whether it is a CE head that was trained together with its backbone: what tau-norm is for."""
     return head["protocol"].startswith("joint CE")
 
 
@@ -202,23 +202,20 @@ def cell(rows, column):
 
 
 def print_table(rows, names=None):
-    """Markdown: a line a row, then a line a run of several seeds. names: in place of runs and classifiers."""
+    """Markdown: a line a row, then a line a run of several seeds. names: of the rows, in place of their runs."""
     columns = ("top1", "top5", "many", "medium", "few", "balancedness", "std")
-    lines = [(row["run"], ", ".join(filter(None, (row["protocol"], row["chosen"]))), [row]) for row in rows]
+    names = names or [row["run"] for row in rows]
+    lines = [(name, ", ".join(filter(None, (row["protocol"], row["chosen"]))), [row]) for name, row in zip(names, rows)]
     for run, protocol, group in over_seeds(rows):
         seeds = len({row["run"] for row in group})
         if seeds > 1:
             lines.append((f"{run}, {seeds} seeds", protocol, group))
 
-    if names:
-        lines = [(name, "", group) for name, (_, _, group) in zip(names, lines)]
-
-    width = max(len(run) for run, _, _ in lines)
-    title = "" if names else "classifier"
-    print(f"| {'run':<{width}} |   top-1 |   top-5 |    many |  medium |     few |    beta |     std | {title} |")
+    width = max(len(name) for name, _, _ in lines)
+    print(f"| {'run':<{width}} |   top-1 |   top-5 |    many |  medium |     few |    beta |     std | classifier |")
     print("|---" * 9 + "|")
-    for run, classifier, group in lines:
-        print(f"| {run:<{width}} | " + " | ".join(f"{cell(group, c):>7}" for c in columns) + f" | {classifier} |")
+    for name, classifier, group in lines:
+        print(f"| {name:<{width}} | " + " | ".join(f"{cell(group, c):>7}" for c in columns) + f" | {classifier} |")
 
     tests, counts_of = (", ".join(sorted({row[name] for row in rows})) for name in ("list", "counts_of"))
     print(f"In percent, but for beta: balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). Beta and std are of the "
@@ -237,20 +234,21 @@ def main():
     p.add_argument("--tau-norm", action="store_true", help="also the joint CE heads tau-normalised; tau: by --val")
     p.add_argument("--ncm", action="store_true", help="also nearest class mean on each backbone, by its training list")
     p.add_argument("--val", help="validation list for --tau-norm")
-    p.add_argument("--names", nargs="+", help="of the table's rows, in their order; default: run and classifier")
-    p.add_argument("--batch", type=int, default=256)
-    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--names", nargs="+", help="of the table's rows, in their order; default: their runs")
+    p.add_argument("--batch", type=int, default=256, help="images at a time: 256")
+    p.add_argument("--workers", type=int, default=2, help="data workers of each rank: 2")
     args = p.parse_intermixed_args()  # flags may stand between the heads
 
-    heads, of_backbone = [load_head(path, args.data, args.groups) for path in args.heads], {}
-    for head in heads:  # all lists, before the first long work
+    heads = [load_head(path, args.data, args.groups) for path in args.heads]
+    of_backbone = {}
+    for head in heads:  # checks all lists before the first long work
         spec = data.DATASETS[head["dataset"]]
         head["test"] = images_of(head, args.list or data.beside(head["data"], head["list"], spec["test"]))
-        if args.tau_norm and joint(head):
+        if args.tau_norm and joint_ce(head):
             head["val"] = images_of(head, args.val or data.beside(head["data"], head["list"], spec["val"]))
             data.refuse_overlap(head["data"], head["list"], head["val"].name)
         of_backbone.setdefault((head["backbone"], head["dataset"], head["data"]), []).append(head)
-    if args.tau_norm and not any(map(joint, heads)):
+    if args.tau_norm and not any(map(joint_ce, heads)):
         ddp.print0("--tau-norm is for joint CE heads, the head.pt of train_rep.py --loss ce: there is none")
 
     rows = []

@@ -5,7 +5,7 @@ k-positive contrastive learning (KCL): the loss. Needs torch and nothing else; c
     loss = kcl_loss(q, k, queue, labels, queue_labels)                       # KCL, k = 6
     loss = kcl_loss(q, k, queue, labels, queue_labels, num_positives=0)      # CL: MoCo's InfoNCE, eq. 2
     loss = kcl_loss(q, k, queue, labels, queue_labels, num_positives=None)   # FCL: all same-class keys are positives
-    loss = fast_kcl_loss(q, k, queue, labels, queue_labels)                  # the same, without a (B, K) tensor
+    loss = fast_kcl_loss(q, k, queue, labels, queue_labels)                  # without a (B, K) tensor; other draws
 
 "Exploring Balanced Feature Spaces for Representation Learning", Kang, Li, Xie, Yuan, Feng, ICLR 2021, eq. 4.
 """
@@ -37,6 +37,7 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
              fixed_divisor=False, drop_unused=False, first_k=False, reduction="mean"):
     """The k-positive contrastive loss, eq. 4: the mean over queries i of
     1/(1+k) * sum over positives j of -log softmax_j([q.k, q.queue^T] / T); positives = own other view + k drawn keys.
+    Where the queue has fewer than k of the class, k is the number found, as in the authors' code.
 
     q             (B, d)  queries, unit rows
     k             (B, d)  keys of the same images' other view, unit rows; no gradient flows into k and queue
@@ -48,7 +49,7 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
     fixed_divisor         divide by k + 1 to the letter of eq. 4, also where a class has fewer than k keys in the queue.
                           Default: divide by 1 + the number found, so that tail classes are not weighted down
     drop_unused           leave same-class keys that were not drawn out of the denominator. Default: they stay (eq. 4)
-    first_k               the k lowest slots of the class in place of random ones, what topk makes of a 0/1 mask
+    first_k               the k lowest slots of the class in place of random ones, as the authors' code in effect
     reduction             "mean", a scalar; or "none", the loss of each query (B,)
 
     Computes in fp32 also under autocast and for half inputs; float64 stays float64. The loss is finite for any queue,
@@ -58,7 +59,7 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
     positive = choose_positives(labels, queue_labels, num_positives, first_k)   # (B, K)
     own = positive.new_ones(len(q), 1)                                    # slot 0, the own other view, always counts
 
-    with torch.autocast(q.device.type, enabled=False):                    # exp(1/0.07) = 1.6e6 overflows fp16
+    with torch.autocast(q.device.type, enabled=False):                    # half precision would round 1/0.07 = 14
         q, k, queue = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k.detach(), queue.detach()))
         logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature  # (B, 1+K)
         if drop_unused:
@@ -127,8 +128,8 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
     takes longer than its arithmetic.
 
     Differentiable once; torch.compile(fullgraph=True) and torch.func.grad take it, torch.vmap takes kcl_loss alone.
-    It is kcl_loss itself with drop_unused or first_k, an empty queue, T as a tensor, and T < 0.03: at 0.011 exp(1/T)
-    leaves fp32.
+    It is kcl_loss itself with drop_unused or first_k, an empty queue, T as a tensor, and T < 0.03: at 0.011 a single
+    exp(1/T) leaves fp32, and Z sums up to K of them.
     """
     if drop_unused or first_k or not len(queue) or isinstance(temperature, torch.Tensor) or temperature < 0.03:
         return kcl_loss(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor, drop_unused,

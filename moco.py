@@ -16,7 +16,7 @@ Momentum contrast: a query encoder, a key encoder that follows it, a queue of ea
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020; labels in the queue as KCL
 (ICLR 2021, App. A) needs them. Wrap `encoder_q` alone in DistributedDataParallel, not the MoCo, whose queue would be
-broadcast in each step: every rank holds the same queue as it is. Needs torch and ddp.py.
+broadcast in each step: every rank computes the same queue by itself. Needs torch and ddp.py.
 """
 import torch
 import torch.nn as nn
@@ -26,7 +26,7 @@ import ddp
 
 
 def with_head(encoder, dim, mlp=False):
-    """An encoder that ends in the projection to (B, dim): linear, or MoCo v2's two layers (its last must be `fc`)."""
+    """An encoder with a head to (B, dim): linear, or MoCo v2's two layers. The encoder's last layer must be `fc`."""
     e = encoder(num_classes=dim)
     if mlp:
         D = e.fc.in_features
@@ -35,7 +35,7 @@ def with_head(encoder, dim, mlp=False):
 
 
 def keep_statistics(module, keep):
-    """Whether BatchNorm, which in training normalises by its batch, leaves its running statistics as they are."""
+    """keep: BatchNorm leaves its running statistics as they are. In training it normalises by its batch either way."""
     for m in module.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.track_running_stats = not keep
@@ -48,7 +48,8 @@ class MoCo(nn.Module):
     seed: of the shuffle across ranks; the same on every rank
     parts: J, the parts that each rank's batch of b J images is encoded in, one by one. W ranks do what W J ranks with
         one part each would do: BatchNorm sees b images, the shuffle goes over all parts, and the queue has the order of
-        W J ranks. Virtual rank v = r + W j is part j of rank r: images j, j + J, ... of its batch."""
+        W J ranks. Virtual rank v = r + W j is part j of rank r: images j, j + J, ... of its batch. With W = 2 and
+        J = 2, rank 0 holds virtual ranks 0 and 2, rank 1 holds 1 and 3."""
 
     def __init__(self, encoder, dim=128, K=65536, m=0.999, mlp=False, seed=0, parts=1):
         super().__init__()

@@ -36,7 +36,7 @@ from resnet import ARCHS, load_backbone
 
 LR_GRID = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
 
-# By kind of data set and of features: CE stands for all losses on logits. lr: where no validation list can choose.
+# By kind of data set and of features: CE stands for all losses on logits. lr: with --val none; else LR_GRID.
 DEFAULTS = {
     ("photos", "CE"): dict(epochs=10, schedule="cosine", weight_decay=[5e-4], batch=256, aug="sup", lr=[0.1]),
     ("photos", "contrastive"): dict(epochs=100, schedule="step", weight_decay=[0.0], batch=256, aug="sup", lr=[30.0]),
@@ -50,12 +50,13 @@ DEFAULTS = {
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("backbone", help="backbone.pt of train_rep.py, or another ResNet's checkpoint")
-    p.add_argument("--protocol", choices=("lt", "rep"), default="lt")
-    p.add_argument("--features", choices=("streamed", "cached"), default="streamed")
-    p.add_argument("--classifier", choices=("linear", "lws"), default="linear")
+    p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="which list, drawn how: see above; lt")
+    p.add_argument("--features", choices=("streamed", "cached"), default="streamed", help="see above; streamed, the "
+                   "paper's")
+    p.add_argument("--classifier", choices=("linear", "lws"), default="linear", help="see above; linear")
     # from the log beside the backbone; to be said of a backbone from elsewhere
-    p.add_argument("--arch", choices=tuple(ARCHS))
-    p.add_argument("--dataset", choices=tuple(data.DATASETS))
+    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="a name in resnet.py")
+    p.add_argument("--dataset", choices=tuple(data.DATASETS), help="a name in data.py")
     p.add_argument("--data", help="the folder that the lists' paths start from")
     p.add_argument("--loss", help="of the backbone: decides the defaults of --epochs, --schedule and --weight-decay")
     # data
@@ -70,13 +71,13 @@ def parse_args():
     p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
     p.add_argument("--weight-decay", type=float, nargs="+", help="5e-4, after contrastive losses 0; CIFAR, digits 0")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentations: 0")
     # the run
-    p.add_argument("--out", type=Path)
+    p.add_argument("--out", type=Path, help="default: <folder of the backbone>/<classifier>-<protocol>[-cached]")
     p.add_argument("--tensorboard", action="store_true", help="the log also as scalars, in OUT/tensorboard")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds; else it goes on from there")
 
-    given = p.parse_args()
+    given = p.parse_args()  # parsed three times: the log beside the backbone, then its loss, decide defaults
     run = checkpoint.settings_of(given.backbone)
     p.set_defaults(**{name: run.get(name) for name in ("arch", "dataset", "data", "loss")})
     args = p.parse_args()
@@ -89,12 +90,12 @@ def parse_args():
     args = p.parse_args()
 
     args.data = str(Path(args.data))  # without a last slash
-    args.rep_list = run.get("list") if args.data == run.get("data") else None
-    if args.rep_list:
+    args.backbone_list = run.get("list") if args.data == run.get("data") else None
+    if args.backbone_list:
         data.same_list(run)
     if args.protocol == "rep":
-        args.list = args.list or data.beside(args.data, args.rep_list or "", spec["full"])
-    args.list = args.list or args.rep_list or spec["train"]
+        args.list = args.list or data.beside(args.data, args.backbone_list or "", spec["full"])
+    args.list = args.list or args.backbone_list or spec["train"]
     args.val = args.val or data.beside(args.data, args.list, spec["val"])
     args.sampler = args.sampler or ("instance" if args.protocol == "rep" else "class")
     if given.lr is None and args.val != "none":
@@ -175,7 +176,7 @@ def val_images(args, spec, C):
     """The validation images; neither the backbone nor the classifier may have seen them."""
     if args.val == "none":
         sys.exit("error: several classifiers need a --val that chooses; or give one --lr and one --weight-decay")
-    for trained_on in {args.list, args.rep_list or args.list}:
+    for trained_on in {args.list, args.backbone_list or args.list}:
         data.refuse_overlap(args.data, trained_on, args.val)
     val = data.ImageList(args.data, args.val, spec)
     if val.labels.max() >= C:
@@ -191,8 +192,8 @@ def learning_rate(base, schedule, t):
 def hand_on(args, classifier, chosen, val_top1):
     """Write head.pt, which says that the run is finished."""
     counts_of = args.list  # its class sizes make many / medium / few
-    if args.rep_list and Path(args.rep_list).parent == Path(args.list).parent:
-        counts_of = args.rep_list  # what the backbone has seen, if of the same classes
+    if args.backbone_list and Path(args.backbone_list).parent == Path(args.list).parent:
+        counts_of = args.backbone_list  # what the backbone has seen, if of the same classes
     counts = data.class_counts(data.read_list(args.data, counts_of)[1], len(classifier.bias))
     how = f"{args.protocol}, cached features" if args.features == "cached" else args.protocol
     spec = data.DATASETS[args.dataset]

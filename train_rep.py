@@ -2,12 +2,13 @@
 Stage 1: train a representation with KCL, or with what it is compared with: CE, CL (MoCo), FCL, and baselines.py.
 
     python train_rep.py --loss kcl                                  # embedded digits, CPU or one GPU, 2 minutes
-    torchrun --nproc_per_node=2 train_rep.py --loss kcl             # the same on two processes
+    torchrun --nproc_per_node=2 train_rep.py --loss kcl             # two processes; BatchNorm sees half of a batch
     torchrun --nproc_per_node=8 train_rep.py --loss kcl --data /path/to/imagenet --list ImageNet_LT_train.txt
 
-Writes to --out: log.jsonl (first line: command, settings, versions; then a line every --log-every steps), ckpt.pt (the
-same command goes on from the last epoch that it holds), for losses on logits head.pt, the classifier that was trained
-along, and last backbone.pt, a plain state_dict in torchvision's names without the fc. Next: train_linear.py.
+Writes to --out: log.jsonl (first line: command, settings, versions; then a line every --log-every steps); ckpt.pt at
+the end of an epoch, once a minute at most, from which the same command goes on; for losses on logits head.pt, the
+classifier that was trained along; last backbone.pt, a plain state_dict in torchvision's names without the fc.
+Next: train_linear.py.
 """
 import argparse
 import itertools
@@ -33,10 +34,10 @@ from kcl import fast_kcl_loss
 from moco import MoCo, keep_statistics
 from resnet import ARCHS, load_backbone
 
-KCL = ("kcl", "cl", "fcl")  # --loss kcl is k positives, cl none, fcl all
+KCL_FAMILY = ("kcl", "cl", "fcl")  # k positives from the queue, none, all
 
-# The hyper-parameters by kind of data set: BalFeat's for photographs (batch 256 = 8 GPUs x 32, of which BatchNorm sees
-# 32), Cao et al. 2019 for CIFAR-LT, and scaled down for the digits, learning rates chosen on val. A flag wins.
+# The hyper-parameters by kind of data set: for photographs those of BalFeat, the authors' code (batch 256 = 8 GPUs x
+# 32; BatchNorm sees 32), for CIFAR-LT those of Cao et al. 2019, scaled down for the digits. A flag wins.
 WORKERS = min(8, os.cpu_count())
 DEFAULTS = {
     "photos": dict(arch="resnet50", epochs=200, batch=256, lr=0.1, schedule="cosine", weight_decay=5e-4, aug="sup",
@@ -57,8 +58,8 @@ BY_LOSS = {  # what a loss changes
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # method
-    p.add_argument("--loss", choices=(*KCL, *baselines.LOSSES), default="kcl", help="default: kcl")
-    p.add_argument("--num-positives", type=int, default=6, help="k of KCL and TSC: 6, best on ImageNet-LT's val")
+    p.add_argument("--loss", choices=(*KCL_FAMILY, *baselines.LOSSES), default="kcl", help="default: kcl")
+    p.add_argument("--num-positives", type=int, default=6, help="k of KCL and TSC: 6, best in the paper's Fig. 5")
     p.add_argument("--temperature", type=float, default=0.07, help="T of the contrastive softmax: 0.07, MoCo's")
     p.add_argument("--fixed-divisor", action="store_true", help="KCL: divide by k + 1 also where fewer are found")
     p.add_argument("--drop-unused", action="store_true", help="KCL: keys of the class not drawn leave the denominator")
@@ -71,13 +72,13 @@ def parse_args():
     p.add_argument("--drw", action="store_true", help="CE, LDAM: re-weight classes in the last 20 %% of the epochs")
     p.add_argument("--init", help="backbone.pt to start from: with --loss ce on a CL backbone this is SSP")
     # data
-    p.add_argument("--dataset", choices=tuple(data.DATASETS), help="default: what make_lt.py made of --data, else "
+    p.add_argument("--dataset", choices=tuple(data.DATASETS), help="default: what splits.json in --data says, else "
                    "imagenet; without --data digits")
     p.add_argument("--data", help="the folder that the list's paths start from")
     p.add_argument("--list", help="training list, `path label` a line, as given or in --data; default: the long tail")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive", "bilateral"),
                    help="which images are drawn (data.py, Draws): instance, every image once; bbn bilateral")
-    p.add_argument("--aug", choices=data.AUGMENTATIONS, help="sup, cl moco; CIFAR cifar; digits affine (no flips)")
+    p.add_argument("--aug", choices=data.AUGMENTATIONS, help="sup, but cl: moco; CIFAR: cifar; digits: affine")
     p.add_argument("--workers", type=int, help="data workers of each rank: 8 or the cores")
     # optimisation
     p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="resnet50, CIFAR resnet32, digits resnet8s; "
@@ -99,7 +100,7 @@ def parse_args():
     p.add_argument("--tensorboard", action="store_true", help="the log also as scalars, in OUT/tensorboard")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds; else it goes on from there")
 
-    args, _ = p.parse_known_args()
+    args, _ = p.parse_known_args()  # parsed twice: data set and loss decide defaults
     args.dataset = args.dataset or dataset_of(args)
     spec = data.DATASETS[args.dataset]
     p.set_defaults(dataset=args.dataset, data=spec["root"], list=spec["train"], virtual_gpus=ddp.world(),
@@ -122,10 +123,6 @@ def parse_args():
     if args.virtual_gpus > ddp.world() and args.loss in baselines.WHOLE_BATCH:
         sys.exit(f"error: --virtual-gpus takes a batch in parts, but --loss {args.loss} needs it whole")
     args.out = args.out or default_out(args)
-    if args.data == data.DATASETS["digits"]["root"]:
-        if ddp.rank() == 0 and not Path(args.data).exists():
-            subprocess.run([sys.executable, Path(__file__).with_name("make_lt.py")], check=True)
-        dist.barrier()
     return args
 
 
@@ -140,7 +137,7 @@ def dataset_of(args):
 
 
 def default_out(args):
-    """runs/digits-lt-kcl-seed0: what changes the weights most."""
+    """runs/digits-lt-kcl-seed0; say --out for runs that differ in other flags than these."""
     how = args.loss + "-drw" * args.drw + "-init" * bool(args.init)
     how += "" if args.sampler in ("instance", "bilateral") else f"-{args.sampler}"
     name = Path(args.list).with_suffix("").as_posix().strip("/").replace("/", "-").replace("train_", "")
@@ -157,7 +154,7 @@ def network(args, counts):
     """The model to train, whose weights and random queue are the same on all ranks, and its encoders: of MoCo two."""
     torch.manual_seed(args.seed)
     encoder, parts = ARCHS[args.arch], args.virtual_gpus // ddp.world()
-    if args.loss in KCL:
+    if args.loss in KCL_FAMILY:
         model = MoCo(encoder, args.dim, args.queue, args.m, args.mlp, args.seed, parts)
     else:
         model = baselines.network(args, encoder, counts)
@@ -170,7 +167,7 @@ def network(args, counts):
     return model, encoders
 
 
-def before_training(loader, draws, args, device):
+def keys_to_fill(loader, draws, args, device):
     """(images, labels) to fill the queue with: epochs below 0, more than one if K is larger than the data set."""
     bar = tqdm(total=args.queue, desc="filling the queue", unit="key", disable=ddp.rank() > 0 or None, leave=False)
     for epoch in itertools.count(-1, -1):
@@ -204,11 +201,15 @@ def main():
     spec = data.DATASETS[args.dataset]
 
     # data
-    views = 2 if args.loss in KCL else baselines.VIEWS.get(args.loss, 1)
+    if args.data == data.DATASETS["digits"]["root"]:
+        if ddp.rank() == 0 and not Path(args.data).exists():
+            subprocess.run([sys.executable, Path(__file__).with_name("make_lt.py")], check=True)
+        dist.barrier()
+    views = 2 if args.loss in KCL_FAMILY else baselines.VIEWS.get(args.loss, 1)
     dataset = data.ImageList(args.data, args.list, spec, args.aug, views)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     counts = data.class_counts(dataset.labels)                            # (C,)
-    val = data.beside(args.data, args.list, spec["val"])
+    val = data.beside(args.data, args.list, spec["val"])                  # it chooses later, so it is not learned from
     if (Path(args.data) / val).exists():
         data.refuse_overlap(args.data, args.list, val)
 
@@ -223,7 +224,7 @@ def main():
     model, encoders = network(args, counts)
     model.to(device, memory_format=torch.channels_last)
     queued, parts = isinstance(model, MoCo), args.virtual_gpus // ddp.world()
-    net = ddp.wrap(encoders[0])
+    net = ddp.wrap(encoders[0])                                           # the encoder that gets gradients
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     to_input = partial(data.normalize, mean=spec["mean"], std=spec["std"], device=device)
@@ -233,7 +234,7 @@ def main():
         ddp.print0(f"{args.out}: going on after epoch {begin} of {args.epochs}")
     elif queued and not args.no_fill:
         with amp:
-            model.fill_queue(before_training(loader, draws, args, device), to_input)
+            model.fill_queue(keys_to_fill(loader, draws, args, device), to_input)
 
     # train
     if ddp.rank() == 0:
@@ -246,17 +247,17 @@ def main():
         draws.set_epoch(epoch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.lr, args.schedule, epoch / args.epochs)
-        if args.loss in KCL:
-            k = {"kcl": args.num_positives, "cl": 0, "fcl": None}[args.loss]
-            criterion = partial(fast_kcl_loss, num_positives=k, temperature=args.temperature, first_k=args.first_k,
-                                fixed_divisor=args.fixed_divisor, drop_unused=args.drop_unused)
+        if args.loss in KCL_FAMILY:
+            num_positives = {"kcl": args.num_positives, "cl": 0, "fcl": None}[args.loss]
+            criterion = partial(fast_kcl_loss, num_positives=num_positives, temperature=args.temperature,
+                                fixed_divisor=args.fixed_divisor, drop_unused=args.drop_unused, first_k=args.first_k)
         else:
             criterion = baselines.criterion(args, model, counts, epoch)
 
         total, since, since_step = torch.zeros((), device=device), time.time(), epoch * steps
         for step, (views, labels, _) in enumerate(loader, epoch * steps + 1):
-            views = [view.to(device, non_blocking=True) for view in views]                # (B / W, 3, H, W) uint8
-            labels = labels.to(device, non_blocking=True)                                 # (B / W,)
+            views = [view.to(device, non_blocking=True) for view in views]                # (B / ranks, 3, H, W) uint8
+            labels = labels.to(device, non_blocking=True)                                 # (B / ranks,)
             if queued:
                 model.update_key_encoder()
                 with amp:
@@ -267,7 +268,7 @@ def main():
             for j in range(parts):
                 # a random stream for each step and virtual rank: a resumed run draws what an undisturbed one does
                 torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + ddp.rank() + ddp.world() * j)
-                keep_statistics(net, j > 0)                                               # those of virtual rank 0 run
+                keep_statistics(net, j > 0)                                               # virtual rank 0 moves them
                 net.require_backward_grad_sync = j == parts - 1
                 x, y = to_input(images[j::parts]), labels[j::parts]                       # (b, 3, H, W), (b,)
                 with amp:
@@ -281,7 +282,7 @@ def main():
                 total += loss.detach() / parts
             optimizer.step()
             if queued:
-                model.enqueue(keys, key_labels)                                           # the loss had those before
+                model.enqueue(keys, key_labels)                                           # moco.py says why only now
             bar.update()
 
             if step % args.log_every == 0 or step == (epoch + 1) * steps:

@@ -15,8 +15,10 @@ ce=$runs/digits-lt-ce-seed$seed kcl=$runs/digits-lt-kcl-seed$seed
 train() {
     run=$runs/digits-lt-$1-seed$seed
     python train_rep.py --loss $1 --dataset digits --data $data --seed $seed --out $run $short    # stage 1
-    python train_linear.py $run/backbone.pt --protocol lt --seed $seed $short     # stage 2, on the long tail; of CE: cRT
-    python train_linear.py $run/backbone.pt --protocol rep --features cached --seed $seed $short  # on the balanced set
+    # stage 2 on the long tail, of CE this is cRT, and on the balanced set
+    python train_linear.py $run/backbone.pt --protocol lt --seed $seed $short & local lt=$!
+    python train_linear.py $run/backbone.pt --protocol rep --features cached --seed $seed $short
+    wait $lt
 }
 # side by side, half of the cores each; CE's progress is the second line, what it prints goes to a file
 mkdir -p $runs

@@ -287,7 +287,7 @@ def test_a_finished_classifier_is_kept_and_other_settings_are_refused(linear, sc
     with pytest.raises(SystemExit) as stop:
         linear("--features", "cached", "--lr", 1, "--out", out)
     assert stop.value.code == 0 and "is finished already; --restart trains it again" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds a run with other settings .lr: .1.0. there, .2.0. here.; name another --out"):
+    with pytest.raises(SystemExit, match="holds a run with other settings .lr: .1.0. there, .2.0. here.; say these, name another --out"):
         linear("--features", "cached", "--lr", 2, "--out", out)
     with pytest.raises(SystemExit, match="other settings .backbone: "):  # of the same folder
         (tmp_path / "other.pt").symlink_to(run / "backbone.pt")

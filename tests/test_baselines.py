@@ -63,40 +63,6 @@ def test_networks_of_contrastive_losses():
     assert set(baselines.LOSSES) == {*baselines.LOGITS, "supcon", "tsc"}
 
 
-@pytest.mark.parametrize("epoch", [0, 7, 8, 9])
-@pytest.mark.parametrize("loss, drw", [("ce", False), ("ce", True), ("focal", False), ("cb-focal", False),
-                                       ("ldam", False), ("ldam", True)])
-def test_weights_of_classes_are_of_the_right_epochs(loss, drw, epoch):
-    """Deferred re-weighting from 80 % of the epochs on; CB-Focal's weights always."""
-    z, y = torch.rand(7, 4) * 2 - 1, torch.tensor([0, 1, 2, 3, 3, 0, 1])
-    found = baselines.criterion(flags(loss, drw=drw), nn.Linear(1, 1), COUNTS, epoch)(z, y)
-    weight = baselines.effective_number_weights(COUNTS, 0.9999) if drw and epoch >= 8 else None
-    expected = {
-        "ce": F.cross_entropy(z, y, weight),
-        "focal": baselines.focal_loss(z, y, 2.0),
-        "cb-focal": baselines.focal_loss(z, y, 0.5, baselines.effective_number_weights(COUNTS, 0.999)),
-        "ldam": baselines.ldam_loss(z, y, baselines.ldam_margins(COUNTS), 30, weight)}
-    assert found.item() == pytest.approx(expected[loss].item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("epoch, alpha", [(0, 1), (5, 0.75), (9, 0.19)])
-def test_bbn_goes_from_the_whole_to_the_tail(epoch, alpha):
-    """alpha = 1 - (t / T)^2 in the features and in the loss."""
-    model = baselines.network(flags("bbn"), resnet.ARCHS["resnet8s"], COUNTS)
-    loss = baselines.criterion(flags("bbn"), model, COUNTS, epoch)
-    z, y = torch.randn(3, 4), torch.tensor([0, 1, 2, 3, 3, 1])            # labels of both streams
-    log_p = z.log_softmax(1)
-    literal = sum(-(alpha * log_p[i, y[i]] + (1 - alpha) * log_p[i, y[3 + i]]) for i in range(3)) / 3
-    assert model.alpha == pytest.approx(alpha) and loss(z, y).item() == pytest.approx(literal.item(), rel=1e-5)
-
-
-def test_supcon_normalises_and_takes_both_views():
-    z, y = torch.randn(6, 5), torch.tensor([0, 1, 0])
-    loss = baselines.criterion(flags("supcon"), nn.Linear(1, 1), COUNTS, 0)
-    expected = baselines.supcon_loss(F.normalize(z), torch.tensor([0, 1, 0, 0, 1, 0]), 0.1)
-    assert loss(z, y).item() == pytest.approx(expected.item(), rel=1e-6)
-
-
 def test_tsc_warms_up_with_kcl_in_the_first_half():
     model, args = baselines.network(flags("tsc"), resnet.ARCHS["resnet8s"], COUNTS), flags("tsc")
     q, k, queue, y, queue_y = unit(5, 8), unit(5, 8), unit(6, 8), torch.tensor([0, 1, 2, 3, 1]), torch.arange(6) - 1

@@ -202,12 +202,13 @@ def show(x, column, sign=""):
 
 def table(lines, header, rows):
     """Markdown. Rows of which nothing has been run are left out."""
-    text = f"| {header} |\n" + "|---" * (header.count("|") + 1) + "|\n"
+    head = f"| {header} |\n" + "|---" * (header.count("|") + 1) + "|\n"
+    text = ""
     for name, *cells in rows:
         cells = [cell if isinstance(cell, str) else show(difference(lines, *cell), cell[0]) for cell in cells]
         if set(cells) - {"-"}:
             text += f"| {' | '.join([name, *cells])} |\n"
-    return text
+    return head + text if text else "Not run yet.\n"
 
 
 def columns(names, expression):
@@ -294,17 +295,13 @@ CE's 280 epochs take the CPU time of KCL's 200.
 
 ## Accuracy and balancedness against alpha (Fig. 2)
 
-![Accuracy and balancedness against alpha](findings/fig2.png)
-
-A classifier on the balanced set.
+{fig2}A classifier on the balanced set.
 
 {alphas}
 ## New classes (Fig. 3)
 
-![Accuracy on new classes against balancedness](findings/fig3.png)
-
-The representation is trained on five classes of each long tail. The classifier is trained on all images of these five
-(source), or of the other five (target).
+{fig3}The representation is trained on five classes of each long tail. The classifier is trained on all images of these
+five (source), or of the other five (target).
 
 {new_classes}
 ## Near and far classes (Table 4)
@@ -315,9 +312,7 @@ The representation is trained on all images of five classes, the source. Among d
 {halves}
 ## How many positives (Fig. 5)
 
-![Accuracy and balancedness against k](findings/fig5.png)
-
-## Detection (Tables 1, 5)
+{fig5}## Detection (Tables 1, 5)
 
 Scenes of digits, a Mask R-CNN fine-tuned from backbones of the long tail. A seed draws the backbone's training, the
 detector's and the order of the scenes.
@@ -359,6 +354,11 @@ def page(lines):
     starts = LOSSES | {"random weights": "random"}
     texts["detection"] = table(lines, "start | " + " | ".join(measures),
                                [(name, *columns(measures, f"det-{start}/det")) for name, start in starts.items()])
+    for picture, cell, title in (("fig2", "cl-lt0/rep", "Accuracy and balancedness against alpha"),
+                                 ("fig3", "ce-overlap-lt/target", "Accuracy on new classes, balancedness on the old"),
+                                 ("fig5", "kcl-k1/lt", "Accuracy and balancedness against k")):
+        texts[picture] = f"![{title}](findings/{picture}.png)\n\n" if cell in lines else ""
+    texts["fig5"] = texts["fig5"] or "Not run yet.\n\n"
     return PAGE.format(headline=len(rows) - others, others=others, by_chance=0.05 * others,
                        rates=rates_table(lines), **texts)
 
@@ -378,7 +378,10 @@ def curve(ax, x, samples, name):
 
 
 def two_panels(plt, lines, file, x, xlabel, curves):
-    """Top-1 and balancedness; curves: {name: (expressions of top-1, of balancedness)}."""
+    """Top-1 and balancedness; curves: {name: (expressions of top-1, of balancedness)}. Nothing for what was not run."""
+    wanted = [of for expressions in curves.values() for side in expressions for of in side]
+    if not all(of in lines for of in wanted):
+        return
     fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.4), layout="constrained")
     for ax, column, ylabel, side in zip(axes, ("top1", "balancedness"), ("top-1, %", "balancedness"), (0, 1)):
         for name, expressions in curves.items():

@@ -116,4 +116,7 @@ def settings_of(backbone):
 
 def read_head(path):
     """A head.pt of train_rep.py or train_linear.py: a linear classifier, weight (C, D) and bias (C,), and of what."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    head = torch.load(path, map_location="cpu", weights_only=True) if Path(path).exists() else {}
+    if "weight" not in head:
+        sys.exit(f"error: {path} is missing or no head.pt; train_linear.py makes one of a backbone.pt, in linear-lt/")
+    return head

@@ -260,7 +260,8 @@ class Draws(Sampler):
         self.labels, self.kind, self.batch, self.epochs, self.seed = labels, kind, batch, epochs, seed
         self.counts, self.epoch = class_counts(labels), 0
         if len(labels) < batch:
-            sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}")
+            sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}; say --batch "
+                     f"{2 ** int(math.log2(max(1, len(labels))))} or smaller")
         if batch % ddp.world():
             sys.exit(f"error: --batch {batch} is that of all ranks and must divide by their number, {ddp.world()}")
         if kind != "instance" and not self.counts.all():
@@ -329,7 +330,9 @@ class InMemory:
         b = self.draws.per_rank
         for i, u in zip(index.to(self.device).split(b), numbers.to(self.device).split(b)):
             images = self.images[i]
-            yield [self.augment(images, v) for v in u.split(self.numbers, dim=1)], self.labels[i], i
+            with torch.autocast(self.device.type, enabled=False):  # its bf16 would move pixels
+                views = [self.augment(images, v) for v in u.split(self.numbers, dim=1)]
+            yield views, self.labels[i], i
 
 
 def collate(samples):

@@ -70,7 +70,7 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
         summed = log_p.where(positive, 0).sum(1)                          # where, not *: -inf * 0 is nan
         divisor = 1 + num_positives if fixed_divisor else positive.sum(1)
         loss = -summed / divisor                                          # (B,)
-    return loss if reduction == "none" else loss.mean()
+    return {"mean": loss.mean(), "none": loss}[reduction]
 
 
 def check_shapes(q, k, queue, labels, queue_labels):
@@ -120,14 +120,15 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
     few (B, chunk) and (B, d) tensors, its time that of two matmuls.
 
     Rows must be unit vectors: |logit| <= 1/T then, and exp stays inside fp32 (exp(1/0.03) = 3e14) with no maximum to
-    subtract; longer rows may give inf. One pass over chunks of the queue gives loss and gradient. With u = q / T, Z the
-    sum of exp over own view and queue, m the number of positives and D the divisor:
+    subtract; longer rows may give inf or nan. One pass over chunks of the queue gives loss and gradient. u = q / T, Z
+    is the sum of exp over own view and queue, m the number of positives, D the divisor:
         loss         (m log Z - u . sum of positive keys) / D
         d loss / du  (m softmax-weighted mean of all keys - sum of positive keys) / D
     chunk: keys at a time, by default 1024, which a CPU's cache holds for B = 256, and 4096 on a GPU, where a launch
     takes longer than its arithmetic.
 
-    Differentiable once; torch.compile(fullgraph=True) and torch.func.grad take it, torch.vmap takes kcl_loss alone.
+    Differentiable once; torch.compile(fullgraph=True) and torch.func.grad take it. For vmap take kcl_loss, with
+    randomness="different".
     It is kcl_loss itself with drop_unused or first_k, an empty queue, T as a tensor, and T < 0.03: at 0.011 a single
     exp(1/T) leaves fp32, and Z sums up to K of them.
     """
@@ -162,4 +163,4 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
             value = (m * Z.log() - (u * positive_sum).sum(1)) / divisor   # (B,)
             gradient = ((m / Z)[:, None] * weighted - positive_sum) / divisor[:, None]    # (B, d)
         loss = value + (gradient * (u - u.detach())).sum(1)               # the value, with the gradient
-    return loss if reduction == "none" else loss.mean()
+    return {"mean": loss.mean(), "none": loss}[reduction]

@@ -122,7 +122,7 @@ def take(ordered, counts, name):
     for c, (paths, n) in enumerate(zip(ordered, counts)):
         if not 1 <= n <= len(paths):
             sys.exit(f"error: {name} wants {n} images of class {c}, which has {len(paths)} without those held out; "
-                     "take a smaller --imbalance, --n-max or --holdout")
+                     f"take a smaller {'--n-max or --holdout' if n else '--imbalance or --holdout'}")
     return [sorted(paths[:n]) for paths, n in zip(ordered, counts)]
 
 
@@ -207,10 +207,10 @@ def make_digits(out="data/digits", seed=0, imbalance=100):
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", choices=tuple(DATASETS), default="digits")
+    p.add_argument("--dataset", choices=tuple(DATASETS), default="digits", help="digits: the embedded ones")
     p.add_argument("--data", type=Path, help="folder of the images; CIFAR: data/<dataset>")
     p.add_argument("--out", type=Path, help="folder of the lists, by default --data; digits: of the images too")
-    p.add_argument("--seed", type=int, default=0, help="of the images, the held-out images, the order of the classes")
+    p.add_argument("--seed", type=int, default=0, help="of images, held-out images, order of the classes: 0")
     p.add_argument("--overwrite", action="store_true", help="replace lists of other content")
     p.add_argument("--full", help="list of all training images, in place of the folder train/")
     p.add_argument("--holdout", type=int, help="training images a class for val.txt; default 20, CIFAR 0")
@@ -219,7 +219,7 @@ def parse_args():
     p.add_argument("--imbalance", type=float, default=100, help="exponential: largest over smallest class")
     p.add_argument("--n-max", type=int, help="images of the largest class; default: of the smallest there is")
     p.add_argument("--n-min", type=int, default=5, help="pareto: images of the smallest class")
-    p.add_argument("--lt0", choices=("formula", "authors"), default="formula", help="116 or 115 images on ImageNet-LT")
+    p.add_argument("--lt0", choices=("formula", "authors"), default="formula", help="formula: 116 on ImageNet-LT; 115")
     p.add_argument("--sizes", help="only print the table of a file of class sizes, of imagenet-lt, or of a list")
     args = p.parse_args()
 

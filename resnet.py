@@ -8,6 +8,7 @@ Add your own architecture to ARCHS. Its last layer must be `fc`, an nn.Linear.
 """
 import argparse
 import copy
+import pickle
 import re
 import sys
 from functools import partial
@@ -115,8 +116,11 @@ def read_weights(path):
             sys.exit(f"error: {path} needs a package: `pip install safetensors`")
         return load_file(path)
 
-    with torch.serialization.safe_globals(SAFE):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, KeyError, EOFError):
+        sys.exit(f"error: {path} is no file of tensors; save model.state_dict() and nothing else")
     weights = next((content[entry] for entry in ENTRIES if entry in content), content)
     return {re.sub(r"\b(module|_orig_mod)\.", "", str(name)): x for name, x in weights.items()}  # DDP, torch.compile
 
@@ -157,5 +161,5 @@ def load_backbone(path, arch):
     encoder.load_state_dict(state)
     below = f" below {prefix}" if prefix else ""
     print0(f"{path}: {len(weights) - len(left_out)} of {len(expected)} tensors matched{below}; "
-           f"{len(left_out)} left out: {', '.join(left_out[:4]) or 'none'}")
+           f"{len(left_out)} left out: {', '.join(left_out[:4]) or 'none'}{', ...' * (len(left_out) > 4)}")
     return encoder

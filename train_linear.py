@@ -31,7 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import ddp
-from baselines import LOGITS
+from baselines import LOGITS, LOSSES
 from resnet import ARCHS, load_backbone
 
 LR_GRID = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
@@ -55,25 +55,26 @@ def parse_args():
                    "paper's")
     p.add_argument("--classifier", choices=("linear", "lws"), default="linear", help="see above; linear")
     # from the log beside the backbone; to be said of a backbone from elsewhere
-    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="a name in resnet.py")
-    p.add_argument("--dataset", choices=tuple(data.DATASETS), help="a name in data.py")
-    p.add_argument("--data", help="the folder that the lists' paths start from")
-    p.add_argument("--loss", help="of the backbone: decides the defaults of --epochs, --schedule and --weight-decay")
+    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="default: in the log beside the backbone")
+    p.add_argument("--dataset", choices=tuple(data.DATASETS), help="default: likewise")
+    p.add_argument("--data", help="the folder that the lists' paths start from; default: likewise")
+    p.add_argument("--loss", choices=("kcl", "cl", "fcl", *LOSSES), metavar="LOSS",
+                   help="of the backbone, default: likewise; decides --epochs, --schedule and --weight-decay")
     # data
     p.add_argument("--list", help="training list of the classifier; default: by --protocol")
-    p.add_argument("--val", help="list that chooses learning rate and weight decay, `none` if there is none")
+    p.add_argument("--val", help="list that chooses among classifiers; default: the data set's; none: there is none")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), help="default: by --protocol")
     p.add_argument("--aug", choices=data.AUGMENTATIONS, help="sup, CIFAR cifar, digits affine")
     p.add_argument("--workers", type=int, help="data workers of each rank; digits 0")
     # optimisation
     p.add_argument("--lr", type=float, nargs="+", help=f"{LR_GRID}; without --val 0.1, after contrastive losses 30")
     p.add_argument("--epochs", type=int, help="10, after contrastive losses 100; CIFAR 30; digits 15")
-    p.add_argument("--schedule", choices=("cosine", "step"), help="per epoch; step = x0.1 at 60 %% and 80 %%")
+    p.add_argument("--schedule", choices=("cosine", "step"), help="cosine; contrastive: step, x0.1 at 60, 80 %%")
     p.add_argument("--weight-decay", type=float, nargs="+", help="5e-4, after contrastive losses 0; CIFAR, digits 0")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
     p.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentations: 0")
     # the run
-    p.add_argument("--out", type=Path, help="default: <folder of the backbone>/<classifier>-<protocol>[-cached]")
+    p.add_argument("--out", type=Path, help="default: <classifier>-<protocol>[-cached], beside a backbone of ours")
     p.add_argument("--tensorboard", action="store_true", help="the log also as scalars, in OUT/tensorboard")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds; else it goes on from there")
 
@@ -103,7 +104,8 @@ def parse_args():
     folder = f"{args.classifier}-{args.protocol}"
     if args.features == "cached":
         args.aug, folder = None, f"{folder}-cached"
-    args.out = args.out or Path(args.backbone).parent / folder
+    home = Path(args.backbone).parent if run else Path("runs") / Path(args.backbone).stem
+    args.out = args.out or home / folder
 
     why = f"the backbone's --loss is {args.loss}"
     if args.loss is None:

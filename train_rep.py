@@ -209,6 +209,9 @@ def main():
     dataset = data.ImageList(args.data, args.list, spec, args.aug, views)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     counts = data.class_counts(dataset.labels)                            # (C,)
+    if views == 2 and args.queue > 10 * len(dataset):
+        sys.exit(f"error: --queue {args.queue} would hold each of the {len(dataset)} images many times; say --queue "
+                 f"{2 ** int(math.log2(len(dataset)))} or so")
     val = data.beside(args.data, args.list, spec["val"])                  # it chooses later, so it is not learned from
     if (Path(args.data) / val).exists():
         data.refuse_overlap(args.data, args.list, val)

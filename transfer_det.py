@@ -416,10 +416,10 @@ def print_table(rows):
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # data
-    p.add_argument("--dataset", choices=tuple(SETTINGS), default="digits")
+    p.add_argument("--dataset", choices=tuple(SETTINGS), default="digits", help="digits: scenes of the embedded ones")
     p.add_argument("--data", help="voc, coco: the folder in its official layout")
-    p.add_argument("--train-scenes", type=int, default=1000, help="digits: training images")
-    p.add_argument("--test-scenes", type=int, default=300, help="digits: evaluated images")
+    p.add_argument("--train-scenes", type=int, default=1000, help="digits: training images, 1000")
+    p.add_argument("--test-scenes", type=int, default=300, help="digits: evaluated images, 300")
     p.add_argument("--split", choices=("test", "val"), default="test", help="digits: val chooses settings")
     p.add_argument("--workers", type=int, help="data workers of each rank: 8 or the cores, digits 0")
     # model
@@ -430,15 +430,15 @@ def parse_args():
     # optimisation
     p.add_argument("--iterations", type=int, help="voc 24000, coco 180000, digits 250; the drops keep their share")
     p.add_argument("--batch", type=int, help="images a step over all ranks: 16, digits 8")
-    p.add_argument("--accumulate", type=int, default=1, help="parts of a step's batch, to save memory")
+    p.add_argument("--accumulate", type=int, default=1, help="parts of a step's batch, to save memory: 1")
     p.add_argument("--lr", type=float, help="0.02 batch / 16, digits 0.1 batch / 16")
     p.add_argument("--warmup", type=int, help="iterations of linear warm-up: voc 100, coco 1000, digits 20")
-    p.add_argument("--weight-decay", type=float, default=1e-4, help="not on BatchNorm's weights")
-    p.add_argument("--precise-bn", type=int, default=200, help="iterations that BatchNorm's statistics come from")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--weight-decay", type=float, default=1e-4, help="1e-4, but 0 on BatchNorm's weights")
+    p.add_argument("--precise-bn", type=int, default=200, help="iterations that BatchNorm's statistics are of: 200")
+    p.add_argument("--seed", type=int, default=0, help="of weights, scenes' order and draws: 0")
     # the run
     p.add_argument("--out", type=Path, help="default: det-<dataset>-<arch>-seed<n> beside --pretrained")
-    p.add_argument("--log-every", type=int, default=20, help="iterations between log lines")
+    p.add_argument("--log-every", type=int, default=20, help="iterations between log lines: 20")
     p.add_argument("--tensorboard", action="store_true", help="the log also in OUT/tensorboard")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds")
     p.add_argument("--table", nargs="+", help="only print the table of these results.json")

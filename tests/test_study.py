@@ -146,6 +146,17 @@ def test_a_claim_stands_in_the_list_of_its_verdict(lines):
     assert contradicted < page.index("k = 6 above k = 4 | 4 | -10") < open_ < page.index("above cRT, 90 | 4 |")
 
 
+def test_rates_stand_below_their_number(tmp_path):
+    """Whatever the order of the lines."""
+    tried = ((1, 0.4), (0.03, 0.1), (0.3, 0.3), (0.1, 0.2))
+    text = "".join(json.dumps({"cell": f"tune-ce-{rate:g}", "seed": 10, "classifier": "lt", "top1": top1}) + "\n"
+                   for rate, top1 in tried)
+    (tmp_path / "lines").write_text(text)
+    table = findings.rates_table(findings.read(tmp_path / "lines"))
+    assert table.splitlines()[0] == "|  | 0.03 | 0.1 | 0.3 | 1 |"
+    assert table.splitlines()[2] == "| ce | 10.0 | 20.0 | 30.0 | **40.0** |"
+
+
 def test_every_claim_names_cells_of_the_study(lines):
     for _, claim, column, expression in findings.HEADLINE + findings.CLAIMS:
         assert len(findings.difference(lines, column, expression)) == 4, claim
@@ -158,4 +169,3 @@ def test_texts_are_those_of_the_committed_lines():
     lines, readme = findings.read(LINES), (ROOT / "README.md").read_text()
     assert (ROOT / "results/findings.md").read_text() == findings.page(lines)
     assert findings.with_numbers(readme, lines) == readme
-    assert "<!-- main -->" in readme

@@ -150,18 +150,18 @@ def learning_rate(base, schedule, t):
     return base * (0.5 * (1 + math.cos(math.pi * t)) if schedule == "cosine" else 0.1 ** ((t >= 0.6) + (t >= 0.8)))
 
 
-def network(args, counts):
+def network(args, counts, parts):
     """The model to train, whose weights and random queue are the same on all ranks, and its encoders: of MoCo two."""
     torch.manual_seed(args.seed)
-    encoder, parts = ARCHS[args.arch], args.virtual_gpus // ddp.world()
+    encoder = ARCHS[args.arch]
     if args.loss in KCL_FAMILY:
         model = MoCo(encoder, args.dim, args.queue, args.m, args.mlp, args.seed, parts)
     else:
         model = baselines.network(args, encoder, counts)
     encoders = [model.encoder_q, model.encoder_k] if isinstance(model, MoCo) else [model]
+    start = load_backbone(args.init, args.arch).state_dict() if args.init else {}
     for e in encoders:
-        if args.init:
-            e.load_state_dict(load_backbone(args.init, args.arch).state_dict(), strict=False)  # all but the fc
+        e.load_state_dict(start, strict=False)                            # all but the fc
         if args.compile:
             e.compile()
     return model, encoders
@@ -209,11 +209,8 @@ def main():
     dataset = data.ImageList(args.data, args.list, spec, args.aug, views)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     counts = data.class_counts(dataset.labels)                            # (C,)
-    if views == 2 and args.queue > 10 * len(dataset):
-        sys.exit(f"error: --queue {args.queue} would hold each of the {len(dataset)} images many times; say --queue "
-                 f"{2 ** int(math.log2(len(dataset)))} or so")
     val = data.beside(args.data, args.list, spec["val"])                  # it chooses later, so it is not learned from
-    if (Path(args.data) / val).exists():
+    if Path(val).exists() or (Path(args.data) / val).exists():
         data.refuse_overlap(args.data, args.list, val)
 
     # resume, or begin
@@ -224,9 +221,10 @@ def main():
     steps, begin = len(loader), ckpt["epoch"] if ckpt else 0
 
     # model
-    model, encoders = network(args, counts)
+    parts = args.virtual_gpus // ddp.world()
+    model, encoders = network(args, counts, parts)
     model.to(device, memory_format=torch.channels_last)
-    queued, parts = isinstance(model, MoCo), args.virtual_gpus // ddp.world()
+    queued = isinstance(model, MoCo)
     net = ddp.wrap(encoders[0])                                           # the encoder that gets gradients
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
@@ -236,6 +234,9 @@ def main():
         optimizer.load_state_dict(ckpt["optimizer"])
         ddp.print0(f"{args.out}: going on after epoch {begin} of {args.epochs}")
     elif queued and not args.no_fill:
+        if args.queue > 10 * len(dataset):
+            sys.exit(f"error: --queue {args.queue} would hold each of the {len(dataset)} images many times; say "
+                     f"--queue {2 ** int(math.log2(len(dataset)))} or so")
         with amp:
             model.fill_queue(keys_to_fill(loader, draws, args, device), to_input)
 

@@ -375,6 +375,23 @@ def test_mistakes_end_in_one_sentence(flags, sentence, small, digits, script, tm
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_queue_of_many_times_the_list(small, script, tmp_path):
+    """Filling it would take hours; a random one is not filled, and SupCon has none."""
+    with pytest.raises(SystemExit, match="error: --queue 400 would hold each of the 31 images many times; say --queue 16"):
+        script(train_rep, *SETTINGS, *small, "--queue", 400, "--out", tmp_path / "kcl")
+    for flags in (("--loss", "kcl", "--no-fill"), ("--loss", "supcon")):
+        script(train_rep, *flags, *SETTINGS, *small, "--queue", 400, "--out", tmp_path / flags[1])
+
+
+def test_val_image_beside_a_list_elsewhere(small, script, tmp_path):
+    """The lists need not lie in the data folder."""
+    lines = small[3].read_text()
+    (tmp_path / "train_lt.txt").write_text(lines)
+    (tmp_path / "val.txt").write_text(lines.splitlines()[0] + "\n")
+    with pytest.raises(SystemExit, match="error: 1 images of the validation list .*val.txt are in the training list"):
+        script(train_rep, *SETTINGS, *small[:2], "--list", tmp_path / "train_lt.txt", "--out", tmp_path / "run")
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(small, script, tmp_path):
     with pytest.raises(SystemExit, match="error: the loss is nan at step .; .*try a smaller --lr"):
         script(train_rep, "--loss", "ce", *SETTINGS, *small, "--lr", 1e30, "--out", tmp_path)

@@ -211,17 +211,16 @@ def supcon_loss(z, labels, temperature=0.07):
     in the denominator; no queue, no key encoder. "Supervised Contrastive Learning", NeurIPS 2020, eq. 2 (L_out).
 
     z (N, d): unit embeddings, those of both views one after the other; labels (N,). The mean over embeddings that have
-    a positive. Returns a scalar in fp32 or finer. Raises ValueError where none has one.
+    a positive, nan where none has. Returns a scalar in fp32 or finer.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         self_ = torch.eye(len(z), dtype=torch.bool, device=z.device)
         positive = (labels[:, None] == labels) & ~self_                   # (N, N)
-        found = positive.sum(1)
-        if not found.any():
-            raise ValueError("no embedding has a positive: expected both views of each image, one after the other")
+        found = positive.sum(1)                                           # (N,)
         log_p = (z @ z.T / temperature).masked_fill(self_, -torch.inf).log_softmax(dim=1)
-        return -(log_p.where(positive, 0).sum(1)[found > 0] / found[found > 0]).mean()
+        losses = -log_p.where(positive, 0).sum(1) / found.clamp(min=1)    # 0 where none was found
+        return losses.sum() / (found > 0).sum()
 
 
 class GatherWithGradient(torch.autograd.Function):
@@ -287,9 +286,10 @@ class Targets(nn.Module):
     @torch.no_grad()
     def follow(self, q, labels):
         """Move the means of the classes in labels (N,) towards those of their unit queries q (N, d)."""
-        classes, index = labels.unique(return_inverse=True)
-        batch_means = torch.zeros(len(classes), q.shape[1], device=q.device).index_add_(0, index, q.float())
-        self.means[classes] = F.normalize(0.9 * self.means[classes] + 0.1 * F.normalize(batch_means))
+        sums = torch.zeros_like(self.means).index_add_(0, labels, q.float())                    # (C, d)
+        there = torch.zeros_like(self.owned).index_add_(0, labels, torch.ones_like(labels)) > 0  # (C,) in the batch
+        moved = F.normalize(0.9 * self.means + 0.1 * F.normalize(sums))
+        self.means.copy_(moved.where(there[:, None], self.means))
 
     @torch.no_grad()
     def assign(self):

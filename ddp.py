@@ -48,8 +48,10 @@ def print0(*args):
 
 
 def wrap(module):
-    """DistributedDataParallel around what gets gradients. BatchNorm's buffers stay each rank's own, as on the authors'
-    8 GPUs x 32 images; rank 0's are saved."""
+    """DistributedDataParallel around what gets gradients, if there are several ranks. BatchNorm's buffers stay each
+    rank's own, as on the authors' 8 GPUs x 32 images; rank 0's are saved."""
+    if world() == 1:
+        return module
     net = torch.nn.parallel.DistributedDataParallel(module)
     net.broadcast_buffers = False  # the constructor's argument has another name in each generation of torch
     return net

@@ -141,7 +141,7 @@ def extract(backbone, dataset, head, device, batch, workers):
     loader = data.eval_loader(dataset, batch, workers)
     for (view,), y, _ in tqdm(loader, desc=name, disable=ddp.rank() > 0 or None, leave=False):
         features.append(backbone(data.normalize(view, head["mean"], head["std"], device)))
-        labels.append(y.to(device))
+        labels.append(y.to(device, non_blocking=True))
     return torch.cat(features), torch.cat(labels)
 
 

@@ -162,7 +162,7 @@ def encode_all(encode, dataset, D, args, device):
     images = data.eval_loader(dataset, args.batch, args.workers)
     name = f"features of {dataset.name}"
     for (view,), _, index in tqdm(images, desc=name, disable=ddp.rank() > 0 or None, leave=False):
-        features[index.to(device)] = encode(view)
+        features[index.to(device, non_blocking=True)] = encode(view)
     torch.distributed.all_reduce(features)                                # a row is one rank's, and 0 on the others
     return features
 

@@ -27,9 +27,9 @@ TQDM_POSITION=1 train ce > $runs/ce.txt & side=$!
 trap 'pkill -P $side || true' EXIT
 train kcl
 wait $side
-unset OMP_NUM_THREADS
 
 heads="$ce/head.pt $ce/linear-lt/head.pt $kcl/linear-lt/head.pt $ce/linear-rep-cached/head.pt $kcl/linear-rep-cached/head.pt"
+python tools/plots.py $heads --out $runs & side=$!
 python evaluate.py $heads --tau-norm --workers 0 \
     --names "CE, joint" "CE, tau-norm" "CE, cRT" KCL "balanced set: CE" "balanced set: KCL"
-python tools/plots.py $heads --out $runs
+wait $side

@@ -30,7 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-LRS, TUNE_SEEDS = (0.03, 0.1, 0.3, 1), (10, 11)
+LRS, TUNE_SEEDS, WIDTHS = (0.03, 0.1, 0.3, 1), (10, 11), (24, 32)
 HEADLINE_SEEDS, SEEDS = range(100, 120), range(100, 110)
 
 # name -> train_rep.py's flags, and the classifier that chooses the learning rate
@@ -109,6 +109,17 @@ def blocks():
             ("methods", SEEDS, methods), ("detection", SEEDS, detection)]
 
 
+def sizes():
+    """Other sizes of the miniature, judged on val as the learning rates are: do they make it better per second?"""
+    cells = []
+    for method, rate in (("kcl", 0.1), ("ce", 0.3)):
+        flags = {f"batch-{b}": f"--batch {b} --lr {rate * b / 64:g}" for b in (32, 128)}  # the rate goes with the batch
+        flags |= {f"width-{w}": f"--arch resnet8s-{w} --lr {rate:g}" for w in WIDTHS}
+        flags |= {f"queue-{k}": f"--queue {k} --lr {rate:g}" for k in (256, 1024) if method == "kcl"}
+        cells += [Cell(f"size-{method}-{name}", method, its, METHODS[method][1:]) for name, its in flags.items()]
+    return cells
+
+
 def trials(method, lrs=LRS):
     """The cells that choose a method's learning rate."""
     return [Cell(f"tune-{method}-{lr:g}", method, f"--lr {lr:g}", METHODS[method][1:]) for lr in lrs]
@@ -154,7 +165,7 @@ def plan(cell, seed, rates, runs):
     files = [FILES[name] for name in cell.classifiers if FILES[name].endswith("eval.json")]
     heads = " ".join(f"{out}/{file.replace('eval.json', 'head.pt')}" for file in files)
     flags = " --tau-norm" * ("tau" in cell.classifiers) + " --ncm" * ("ncm" in cell.classifiers)
-    flags += " --list val.txt" * cell.name.startswith("tune-")  # the test list chooses nothing
+    flags += " --list val.txt" * cell.name.startswith(("tune-", "size-"))  # the test list chooses nothing
     return commands, f"evaluate.py {heads}{flags} --workers 0"
 
 
@@ -229,6 +240,9 @@ def main():
     sys.path.insert(0, str(ROOT))
     for script in ("make_lt", "train_rep", "train_linear", "evaluate", "transfer_det"):
         importlib.import_module(script)  # once for all forks
+    resnet = importlib.import_module("resnet")
+    for width in WIDTHS:
+        resnet.ARCHS[f"resnet8s-{width}"] = partial(resnet.CifarResNet, 8, width, stem_stride=2)
 
     def work(title, tasks):
         """Measure those of tasks, [(cell, seed, rates)], that have no line yet."""
@@ -241,6 +255,8 @@ def main():
             for _ in tqdm(done, desc=title, total=len(tasks), unit="run"):
                 pass
 
+    if not args.only or "sizes" in args.only:
+        work("sizes, on val", [(cell, seed, {}) for seed in tune_seeds for cell in sizes()])
     rates = {}
     for block, seeds, cells in blocks():
         cells = [cell for cell in cells if not args.only or {block, cell.name} & set(args.only)]

@@ -170,8 +170,7 @@ def test_supcon_loss():
     collapsed = torch.ones(10, 1).bfloat16()                              # log(N - 1), in fp32 also under autocast
     with torch.autocast("cpu", torch.bfloat16):
         assert baselines.supcon_loss(collapsed, y).item() == pytest.approx(math.log(9), rel=1e-6)
-    with pytest.raises(ValueError, match="both views"):
-        baselines.supcon_loss(z[:2], torch.tensor([0, 1]))
+    assert baselines.supcon_loss(z[:2], torch.tensor([0, 1])).isnan()
 
 
 def test_tsc_loss():

@@ -205,7 +205,11 @@ def print_table(rows, names=None):
     """Markdown: a line a row, then a line a run of several seeds. names: of the rows, in place of their runs."""
     columns = ("top1", "top5", "many", "medium", "few", "balancedness", "std")
     names = names or [row["run"] for row in rows]
-    lines = [(name, ", ".join(filter(None, (row["protocol"], row["chosen"]))), [row]) for name, row in zip(names, rows)]
+    tests, counts_of = (sorted({row[name] for row in rows}) for name in ("list", "counts_of"))
+    lines = []
+    for name, row in zip(names, rows):
+        said = (row["protocol"], row["chosen"], f"on {row['list']}" * (len(tests) > 1))
+        lines.append((name, ", ".join(filter(None, said)), [row]))
     for run, protocol, group in over_seeds(rows):
         seeds = len({row["run"] for row in group})
         if seeds > 1:
@@ -217,10 +221,10 @@ def print_table(rows, names=None):
     for name, classifier, group in lines:
         print(f"| {name:<{width}} | " + " | ".join(f"{cell(group, c):>7}" for c in columns) + f" | {classifier} |")
 
-    tests, counts_of = (", ".join(sorted({row[name] for row in rows})) for name in ("list", "counts_of"))
     print(f"In percent, but for beta: balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). Beta and std are of the "
-          f"class accuracies on {tests}.")
-    print(f"many / medium / few: mean over the classes with > 100 / 20 to 100 / < 20 images in {counts_of}.")
+          f"class accuracies on {', '.join(tests)}.")
+    print(f"many / medium / few: mean over the classes with > 100 / 20 to 100 / < 20 images in "
+          f"{', '.join(counts_of)}.")
 
 
 def main():

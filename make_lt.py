@@ -213,7 +213,8 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0, help="of images, held-out images, order of the classes: 0")
     p.add_argument("--overwrite", action="store_true", help="replace lists of other content")
     p.add_argument("--full", help="list of all training images, in place of the folder train/")
-    p.add_argument("--holdout", type=int, help="training images a class for val.txt; default 20, CIFAR 0")
+    p.add_argument("--holdout", type=int, help="training images a class for val.txt; default 20, but of the "
+                   "smallest class no more than a fifth; CIFAR 0")
     # the base long tail and its family
     p.add_argument("--long-tail", help="exponential (CIFAR's), pareto, imagenet-lt, a file of class sizes, a list")
     p.add_argument("--imbalance", type=float, default=100, help="exponential: largest over smallest class")
@@ -233,12 +234,11 @@ def parse_args():
 
     args.data = args.data or Path(spec["root"])
     args.out = args.out or args.data
-    if args.holdout is None:
-        args.holdout = 0 if spec["kind"] == "cifar" else 20
     if args.dataset == "imagenet":
         args.long_tail = spec["train"]
     if spec["kind"] == "cifar":
         args.long_tail = args.long_tail or "exponential"
+        args.holdout = args.holdout or 0
     return args
 
 
@@ -274,6 +274,8 @@ def main():
     # the base long tail: class sizes by a rule, or a list
     C, n_max = len(names), args.n_max or min(map(len, full))
     base = [[]] * C
+    if args.long_tail in ("exponential", "pareto"):
+        print(f"largest class: {n_max} images" + ", as many as the smallest has; --n-max" * (args.n_max is None))
     if args.long_tail == "exponential":
         tail = exponential_counts(C, n_max, args.imbalance)
     elif args.long_tail == "pareto":

@@ -142,7 +142,8 @@ def scan(root, folder):
 
 
 def hold_out(full, n, seed):
-    """n images of each class, drawn by the seed."""
+    """n images of each class, drawn by the seed. n None: 20, but of the smallest class no more than a fifth."""
+    n = max(1, min(20, min(map(len, full)) // 5)) if n is None else n
     rng = np.random.RandomState(seed)
     return [[paths[i] for i in sorted(rng.permutation(len(paths))[:n])] for paths in full]
 
@@ -150,7 +151,8 @@ def hold_out(full, n, seed):
 def class_folders(root, dataset, full_list, holdout, seed):
     """Class names and the splits full, val and test of the layouts that make_lt.py describes; full still holds val.
 
-    full_list: a list in place of the folder train/, or None. holdout: images of each class for a missing val or test.
+    full_list: a list in place of the folder train/, or None. holdout: images of each class for a missing val or test,
+    see hold_out().
     """
     if full_list:
         full = read_split(root, full_list)

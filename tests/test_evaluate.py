@@ -107,6 +107,9 @@ def test_table_prints_a_dash_for_an_empty_group_and_the_mean_over_seeds(capsys):
     assert "sigma = 0.1" in lines[-2] and "on test.txt" in lines[-2] and "images in train_lt.txt" in lines[-1]
     evaluate.print_table([row(0, 0.6), row(0, 0.7)])  # two classifiers of one run are no seeds
     assert "seeds" not in capsys.readouterr().out
+    evaluate.print_table([row(0, 0.6), row(0, 0.7) | {"list": "val.txt"}])  # of two lists: each row says which
+    out = capsys.readouterr().out
+    assert "lr 1, on test.txt |" in out and "lr 1, on val.txt |" in out and "accuracies on test.txt, val.txt." in out
 
 
 # ---- heads

@@ -192,6 +192,7 @@ def test_no_digit_serves_two_splits(tmp_path, monkeypatch):
     (dict(train=[5, 6], val=[2] * 2, test=[4] * 2), "",
      dict(train_full=[5, 6], train_lt=[5, 6], val=[2] * 2, test=[4] * 2)),
     ({".": [12, 9]}, "--holdout 3", dict(train_full=[6, 3], train_lt=[6, 3], val=[3] * 2, test=[3] * 2)),
+    ({".": [12, 19]}, "", dict(train_full=[8, 15], val=[2] * 2, test=[2] * 2)),  # a fifth of 12, then of 10
 ])
 def test_own_folder(script, tmp_path, layout, args, sizes):
     root = folder(tmp_path, "tiff", **layout)
@@ -261,7 +262,7 @@ BACKWARDS = "".join(f"train/class{2 - c}/train_000.JPEG {c}\n" for c in range(3)
     ("lt.txt", EVERY, "--long-tail lt.txt", "the long tail holds train/class0/.* of the validation or test list"),
     ("lt.txt", BACKWARDS, "--long-tail lt.txt", "train/class2/.* has label 0, but class 0 of the 3 .* is class0"),
     ("sizes.txt", "3 4", "--long-tail X/sizes.txt", "sizes.txt has 2 classes, the training images have 3"),
-    ("", "", "--long-tail exponential --n-max 40", "train_lt0 wants 15 images of class 0, which has 10 without those"),
+    ("", "", "--long-tail exponential --n-max 60", "train_lt2 wants 40 images of class 0, which has 24 without those"),
     ("", "", "--long-tail exponential --imbalance 1000", "train_lt. wants 0 images of class 1"),
     ("", "", "--data nowhere", "nowhere/train is missing: .*; `python make_lt.py --help` has the layouts"),
     ("", "", "--data .", ". holds no <class>/<image>; an image ends in .jpg"),

@@ -11,8 +11,9 @@ train_rep.py asks of this file stands first.
 CE and its samplers, cRT, LWS, NCM, tau-norm and SSP are no losses of their own: train_rep.py --sampler and --init,
 train_linear.py --classifier, evaluate.py --ncm and --tau-norm.
 
-Add your loss here: its name in LOSSES; in LOGITS if it trains a classifier along; in VIEWS if it takes two views; a
-branch in `criterion`, and in `network` if it needs more than a ResNet with C outputs. What `criterion` returns takes
+Add your loss here: its name in LOSSES; in LOGITS if it trains a classifier along, which is model.fc; in VIEWS if it
+takes two views, and in WHOLE_BATCH then; a branch in `criterion`, and in `network` if it needs more than a ResNet with
+C outputs. A flag of its own goes into train_rep.py's parse_args. What `criterion` returns takes
     logits (b, C), labels (b,)                        for most losses
     z (2 b, d), labels (b,)                           with two views, one after the other; z is not normalised
     q, k (b, d), queue, labels (b,), queue_labels     where `network` returns a MoCo: what kcl_loss takes
@@ -96,7 +97,7 @@ def criterion(args, model, counts, epoch):
 def classifier(args, model):
     """Weight (C, D) and bias (C,) of the classifier that a loss in LOGITS has trained along."""
     weight = model.fc.weight.detach()
-    if args.loss == "ldam":  # the norm of an image's features scales all of its logits alike
+    if isinstance(model.fc, NormedLinear):  # the norm of an image's features scales all of its logits alike
         return F.normalize(weight), torch.zeros(len(weight))
     return weight, model.fc.bias.detach()
 

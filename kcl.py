@@ -41,19 +41,22 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
 
     q             (B, d)  queries, unit rows
     k             (B, d)  keys of the same images' other view, unit rows; no gradient flows into k and queue
-    queue         (K, d)  earlier keys, unit rows, none of this batch; all are in the denominator, whatever their label
-    labels        (B,)    int class of each query; below 0 = unknown, only its own view is a positive
+    queue         (K, d)  earlier keys, unit rows, none of this batch; all are in the denominator, whatever their label,
+                          empty slots too: pass queue[:filled]
+    labels        (B,)    int class of each query; below 0 = unknown, only its own view is a positive (CL needs none)
     queue_labels  (K,)    int class of each queue slot, -1 = empty or unknown: never a positive
     num_positives         k of the paper: 6 = KCL, 0 = CL (InfoNCE, eq. 2), None = all of the class (FCL)
     temperature           T (tau in the paper), a number or a tensor, which may be learned
     fixed_divisor         divide by k + 1 to the letter of eq. 4, also where a class has fewer than k keys in the queue.
-                          Default: divide by 1 + the number found, so that tail classes are not weighted down
+                          Default: divide by 1 + the number found, so that tail classes are not weighted down.
+                          FCL has no k to divide by
     drop_unused           leave same-class keys that were not drawn out of the denominator. Default: they stay (eq. 4)
     first_k               the k lowest slots of the class in place of random ones, as the authors' code in effect
     reduction             "mean", a scalar; or "none", the loss of each query (B,)
 
     Computes in fp32 also under autocast and for half inputs; float64 stays float64. The loss is finite for any queue,
-    with K = 0 or without a positive in it too. Raises ValueError on shapes that do not fit.
+    with K = 0 or without a positive in it too. vmap needs randomness="different". Raises ValueError on shapes that do
+    not fit.
     """
     check_shapes(q, k, queue, labels, queue_labels)
     positive = choose_positives(labels, queue_labels, num_positives, first_k)   # (B, K)
@@ -127,8 +130,8 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
     chunk: keys at a time, by default 1024, which a CPU's cache holds for B = 256, and 4096 on a GPU, where a launch
     takes longer than its arithmetic.
 
-    Differentiable once; torch.compile(fullgraph=True) and torch.func.grad take it. For vmap take kcl_loss, with
-    randomness="different".
+    torch.compile(fullgraph=True) and torch.func.grad take it. For vmap take kcl_loss, and for a second derivative (a
+    gradient penalty), which would be wrong here in silence.
     It is kcl_loss itself with drop_unused or first_k, an empty queue, T as a tensor, and T < 0.03: at 0.011 a single
     exp(1/T) leaves fp32, and Z sums up to K of them.
     """

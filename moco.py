@@ -13,6 +13,7 @@ Momentum contrast: a query encoder, a key encoder that follows it, a queue of ea
         optimizer.step()
         moco.enqueue(keys, key_labels)                                    # 5. only now: in the queue a query's own key
                                                                           # would count twice, and could be drawn
+The queue starts as random vectors of no class; moco.fill_queue((im_k, labels) of some batches) makes them real keys.
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020; labels in the queue as KCL
 (ICLR 2021, App. A) needs them. Wrap `encoder_q` alone in DistributedDataParallel, not the MoCo, whose queue would be
@@ -78,7 +79,7 @@ class MoCo(nn.Module):
     def keys(self, im_k, labels, prepare=lambda x: x):
         """Unit keys (W J b, d) and labels (W J b,) of the images of all ranks, by virtual rank; own() takes a share.
 
-        im_k (J b, 3, H, W') and labels (J b,) int of this rank, equally many on all ranks. prepare: what turns images
+        im_k (J b, 3, H, W') and labels (J b,) int64 of this rank, equally many on all ranks. prepare: what turns images
         into the encoder's input, after they have travelled as uint8.
         The images are shuffled over all virtual ranks, encoded, and the keys put back in order: a query and its key
         must not share their BatchNorm batch, through which the encoder could tell that they belong together. One rank

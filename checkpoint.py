@@ -106,7 +106,10 @@ def tensorboard_writer(out, first_step):
 
 
 def settings_of(backbone):
-    """The settings of the run that wrote `backbone`, from the log.jsonl beside it; {} for a backbone from elsewhere."""
+    """The settings of the run that wrote `backbone`, from the log.jsonl beside it; {} for a backbone from elsewhere.
+    Exits where there is no such file."""
+    if not Path(backbone).is_file():
+        sys.exit(f"error: {backbone} is no file; name a backbone.pt of train_rep.py, or another program's checkpoint")
     log = Path(backbone).with_name("log.jsonl")
     if not log.exists():
         return {}

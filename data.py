@@ -132,6 +132,9 @@ class ImageList(Dataset):
     def __init__(self, root, name, spec, aug=None, num_views=1):
         self.root, self.name, self.aug, self.num_views = Path(root), name, aug, num_views
         self.paths, self.labels = read_list(root, name)
+        if self.paths and not self.root.joinpath(self.paths[0]).is_file():
+            sys.exit(f"error: {self.root / self.paths[0]}, the first image of {name}, is missing; --data names the "
+                     "folder that the paths start from")
         if aug is None or aug in BATCHED:  # InMemory augments
             self.transform = center(spec["pixels"], spec["resize"])
         else:

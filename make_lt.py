@@ -38,6 +38,7 @@ A copy with a short side of 256 px decodes faster; its crops differ from those o
 """
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
@@ -217,7 +218,7 @@ def parse_args():
                    "smallest class no more than a fifth; CIFAR 0")
     # the base long tail and its family
     p.add_argument("--long-tail", help="exponential (CIFAR's), pareto, imagenet-lt, a file of class sizes, a list")
-    p.add_argument("--imbalance", type=float, default=100, help="exponential: largest over smallest class")
+    p.add_argument("--imbalance", type=float, default=100, help="exponential: largest over smallest class: 100")
     p.add_argument("--n-max", type=int, help="images of the largest class; default: of the smallest there is")
     p.add_argument("--n-min", type=int, default=5, help="pareto: images of the smallest class")
     p.add_argument("--lt0", choices=("formula", "authors"), default="formula", help="formula: 116 on ImageNet-LT; 115")
@@ -297,6 +298,10 @@ def main():
     ordered = order(full, base, args.seed)
     counts = {"full": [len(paths) for paths in ordered]}
     counts |= family_counts(tail, args.lt0) if args.long_tail else {"lt": counts["full"]}
+    for name in ALPHAS.keys() & counts.keys() - {"lt"}:
+        if any(n > there for n, there in zip(counts[name], counts["full"])):
+            print(f"left out: train_{name}.txt, for which a class has too few images")
+            del counts[name]
     splits = {f"train_{name}": take(ordered, n, f"train_{name}") for name, n in counts.items()}
     splits["test"] = test
     if any(val):
@@ -307,6 +312,11 @@ def main():
     write_lists(out, splits, args.overwrite, published.values())
     sizes = {name: [len(paths) for paths in split] for name, split in splits.items()}
     write_table(out, args.dataset, {name: n for name, n in sizes.items() if "train" in name})
+    if args.dataset == "folder":  # train_rep.py's defaults, 256 and 65536, are for a hundred thousand images
+        power = 2 ** int(math.log2(sum(sizes["train_lt"])))
+        print(f"next: python train_rep.py --dataset folder --data {root} --list {out / 'train_lt.txt'} "
+              f"--batch {min(256, max(1, power // 4))} --queue {min(65536, power)}; "
+              "then train_linear.py with its backbone.pt and the same --batch")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pickle
 import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -109,6 +110,8 @@ SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("float
 
 def read_weights(path):
     """{name: tensor} from a .pt, .pth, .ckpt or .safetensors file, in a checkpoint from the first of ENTRIES."""
+    if not Path(path).is_file():
+        sys.exit(f"error: {path} is no file")
     if str(path).endswith(".safetensors"):
         try:
             from safetensors.torch import load_file

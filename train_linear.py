@@ -74,7 +74,8 @@ def parse_args():
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
     p.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentations: 0")
     # the run
-    p.add_argument("--out", type=Path, help="default: <classifier>-<protocol>[-cached], beside a backbone of ours")
+    p.add_argument("--out", type=Path, help="default: <classifier>-<protocol>[-cached] beside a backbone of ours, else "
+                   "below runs/<its name>")
     p.add_argument("--tensorboard", action="store_true", help="the log also as scalars, in OUT/tensorboard")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds; else it goes on from there")
 
@@ -82,8 +83,9 @@ def parse_args():
     run = checkpoint.settings_of(given.backbone)
     p.set_defaults(**{name: run.get(name) for name in ("arch", "dataset", "data", "loss")})
     args = p.parse_args()
-    if None in (args.arch, args.dataset, args.data):
-        sys.exit(f"error: no log.jsonl of train_rep.py beside {args.backbone}; say --arch, --dataset and --data")
+    missing = [f"--{name}" for name in ("arch", "dataset", "data") if getattr(args, name) is None]
+    if missing:
+        sys.exit(f"error: no log.jsonl of train_rep.py beside {args.backbone}; say {' and '.join(missing)}")
     spec = data.DATASETS[args.dataset]
     features = "CE" if args.loss in (None, *LOGITS) else "contrastive"
     workers = 0 if spec["kind"] == "digits" else min(8, os.cpu_count())

@@ -437,7 +437,8 @@ def parse_args():
     p.add_argument("--precise-bn", type=int, default=200, help="iterations that BatchNorm's statistics are of: 200")
     p.add_argument("--seed", type=int, default=0, help="of weights, scenes' order and draws: 0")
     # the run
-    p.add_argument("--out", type=Path, help="default: det-<dataset>-<arch>-seed<n> beside a backbone of ours")
+    p.add_argument("--out", type=Path, help="default: det-<dataset>-<arch>-seed<n> beside a backbone of ours, "
+                   "else below runs/<its name>")
     p.add_argument("--log-every", type=int, default=20, help="iterations between log lines: 20")
     p.add_argument("--tensorboard", action="store_true", help="the log also in OUT/tensorboard")
     p.add_argument("--restart", action="store_true", help="throw away what --out holds")
@@ -460,7 +461,7 @@ def parse_args():
 
     if args.lr is None:
         args.lr = args.base_lr * args.batch / 16
-    run = checkpoint.settings_of(args.pretrained)
+    run = {} if args.pretrained == "none" else checkpoint.settings_of(args.pretrained)
     args.encoder = known.encoder or run.get("arch", args.encoder)
     folder = Path(args.pretrained).parent if run else Path("runs") / Path(args.pretrained).stem
     ranks = f"-{ddp.world()}ranks" if ddp.world() > 1 else ""

@@ -1,5 +1,6 @@
 """Stage 2: heads side by side against each alone and a literal loop, cached features, what val chooses, resuming."""
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -95,23 +96,27 @@ def test_each_pair_of_lr_and_weight_decay_trains_as_it_would_alone(linear, run, 
 
 
 @pytest.mark.parametrize("schedule, rates", [("cosine", (1, 0.75, 0.25)), ("step", (1, 1, 0.1))])
-def test_three_steps_of_two_heads_against_a_literal_loop(linear, run, digits, schedule, rates):
+def test_six_steps_of_two_heads_against_a_literal_loop(linear, run, digits, schedule, rates):
     """Softmax regression with momentum by hand, in float64: v = 0.9 v + g + weight decay * w; w = w - lr v."""
-    how = ("--features", "cached", "--schedule", schedule, "--epochs", 3, "--batch", 100, "--seed", 5)
+    how = ("--features", "cached", "--schedule", schedule, "--epochs", 3, "--batch", 50, "--seed", 5)
     _, heads, out = linear("--lr", *LRS, "--weight-decay", 0.01, *how)
     assert np.allclose([line["lr"] for line in logged(out)[1:4]], np.outer(rates, LRS))
     x, y = literal_features(run, digits, "small.txt")
-    draws, one_hot = data.Draws(y, "class", 100, 3, seed=5), torch.eye(10).double()
+    x, draws, one_hot = x.double(), data.Draws(y, "class", 50, 3, seed=5), torch.eye(10).double()
     torch.manual_seed(5)
     start = (torch.randn(10, 64) * 0.01).double()
-    for head, lr in zip(heads, LRS):
+    for m, (head, lr) in enumerate(zip(heads, LRS)):
         W, b, vW, vb = start, torch.zeros(10).double(), 0, 0
         for epoch, rate in enumerate(rates):
             draws.set_epoch(epoch)
-            i = [i for i, _ in draws]
-            error = ((x[i].double() @ W.T + b).softmax(1) - one_hot[y[i]]) / 100
-            vW, vb = 0.9 * vW + error.T @ x[i].double() + 0.01 * W, 0.9 * vb + error.sum(0) + 0.01 * b
-            W, b = W - lr * rate * vW, b - lr * rate * vb
+            losses = []
+            for i in torch.tensor(list(draws))[:, 0].split(50):
+                log_p = (x[i] @ W.T + b).log_softmax(1)
+                losses.append(-log_p[range(50), y[i]].mean().item())
+                error = (log_p.exp() - one_hot[y[i]]) / 50
+                vW, vb = 0.9 * vW + error.T @ x[i] + 0.01 * W, 0.9 * vb + error.sum(0) + 0.01 * b
+                W, b = W - lr * rate * vW, b - lr * rate * vb
+            assert logged(out)[1 + epoch]["loss"][m] == pytest.approx(np.mean(losses), rel=1e-4) and len(losses) == 2
         assert torch.allclose(head.weight.double(), W, rtol=1e-4, atol=1e-5)
         assert torch.allclose(head.bias.double(), b, rtol=1e-4, atol=1e-5)
 
@@ -180,6 +185,7 @@ def parsed(monkeypatch, tmp_path, capsys):
         (tmp_path / "log.jsonl").unlink(missing_ok=True)
         if settings:
             (tmp_path / "log.jsonl").write_text(json.dumps({"settings": settings}) + "\n")
+        (tmp_path / "backbone.pt").touch()
         monkeypatch.setattr(sys, "argv", ["train_linear.py", str(tmp_path / "backbone.pt"), *flags])
         return train_linear.parse_args(), capsys.readouterr().out
     return parse
@@ -239,7 +245,7 @@ def test_bad_input_is_one_sentence(linear, args, sentence):
 
 def test_the_list_of_the_backbone_is_the_one_it_was_trained_on(script, digits, run, tmp_path):
     (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
-    with pytest.raises(SystemExit, match="no log.jsonl of train_rep.py beside .*; say --arch, --dataset and --data"):
+    with pytest.raises(SystemExit, match="no log.jsonl of train_rep.py beside .*; say --arch and --dataset and --data"):
         script(train_linear, tmp_path / "backbone.pt")
     seen = (digits / "train_lt.txt").read_text() + (digits / "val.txt").read_text()
     for text, sentence in (("", "train_lt.txt is another list than the one that was trained on"), (seen, "are in the training list")):
@@ -293,3 +299,18 @@ def test_a_finished_classifier_is_kept_and_other_settings_are_refused(linear, sc
         (tmp_path / "other.pt").symlink_to(run / "backbone.pt")
         script(train_linear, tmp_path / "other.pt", *command(run, digits)[1:], "--features", "cached", "--lr", 1, "--out", out)
     assert (out / "head.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("changed, setting", [("backbone.pt", "backbone_sha256"), ("small.txt", "list_sha256")])
+def test_backbone_and_list_are_known_by_what_they_hold(script, run, digits, tmp_path, changed, setting):
+    for name in ("backbone.pt", "small.txt", "val.txt"):
+        shutil.copy(run / name, tmp_path)
+    args = (*command(tmp_path, digits), "--features", "cached", "--lr", 1, "--out", tmp_path / "out")
+    script(train_linear, *args)
+    if changed == "backbone.pt":
+        torch.manual_seed(1)
+        torch.save(resnet.ARCHS["resnet8s"]().state_dict(), tmp_path / changed)
+    else:
+        (tmp_path / changed).write_text("".join((tmp_path / changed).read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(SystemExit, match=f"other settings .{setting}: "):
+        script(train_linear, *args)

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -194,13 +195,24 @@ def test_no_digit_serves_two_splits(tmp_path, monkeypatch):
     ({".": [12, 9]}, "--holdout 3", dict(train_full=[6, 3], train_lt=[6, 3], val=[3] * 2, test=[3] * 2)),
     ({".": [12, 19]}, "", dict(train_full=[8, 15], val=[2] * 2, test=[2] * 2)),  # a fifth of 12, then of 10
 ])
-def test_own_folder(script, tmp_path, layout, args, sizes):
+def test_own_folder(script, tmp_path, capsys, layout, args, sizes):
     root = folder(tmp_path, "tiff", **layout)
     for _ in range(2):  # again: the folders of the lists are no classes
         script(make_lt, *OWN, root, *args.split())
     assert {name: sizes_of(root / f"{name}.txt") for name in sizes} == sizes
     paths = sum((data.read_list(root, f"{name}.txt")[0] for name in ("train_full", "val", "test")), [])
     assert len(set(paths)) == len(paths) and all((root / path).is_file() for path in paths)
+    batch, queue = map(int, re.search(rf"--data {root} --list .*train_lt.txt --batch (\d+) --queue (\d+);",
+                                      capsys.readouterr().out).groups())
+    n = sum(sizes.get("train_lt", sizes["train_full"]))
+    assert 4 * batch == queue and n / 2 < queue <= n
+
+
+def test_a_tail_that_the_images_allow_though_not_its_family(script, tmp_path, capsys):
+    root = folder(tmp_path, train=[40, 14, 9], val=[2] * 3)
+    script(make_lt, *OWN, root, *"--holdout 3 --long-tail exponential --n-max 30 --imbalance 9".split())
+    assert sizes_of(root / "train_lt.txt") == [30, 10, 3] and not (root / "train_lt0.txt").exists()  # 14 of a class of 11
+    assert "left out: train_lt0.txt" in capsys.readouterr().out
 
 
 def test_lists_in_another_folder(script, tmp_path):
@@ -262,7 +274,7 @@ BACKWARDS = "".join(f"train/class{2 - c}/train_000.JPEG {c}\n" for c in range(3)
     ("lt.txt", EVERY, "--long-tail lt.txt", "the long tail holds train/class0/.* of the validation or test list"),
     ("lt.txt", BACKWARDS, "--long-tail lt.txt", "train/class2/.* has label 0, but class 0 of the 3 .* is class0"),
     ("sizes.txt", "3 4", "--long-tail X/sizes.txt", "sizes.txt has 2 classes, the training images have 3"),
-    ("", "", "--long-tail exponential --n-max 60", "train_lt2 wants 40 images of class 0, which has 24 without those"),
+    ("", "", "--long-tail exponential --n-max 60", "train_lt wants 60 images of class 0, which has 24 without those"),
     ("", "", "--long-tail exponential --imbalance 1000", "train_lt. wants 0 images of class 1"),
     ("", "", "--data nowhere", "nowhere/train is missing: .*; `python make_lt.py --help` has the layouts"),
     ("", "", "--data .", ". holds no <class>/<image>; an image ends in .jpg"),

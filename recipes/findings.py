@@ -466,14 +466,15 @@ def draw(lines, folder):
 def honest(lines):
     """The lines below README.md's table: KCL minus CE in each regime of HEADLINE."""
     text = ""
-    for what, column, of in (("KCL minus cRT, top-1", "top1", "lt"),
-                             ("KCL minus CE, beta on the balanced set", "balancedness", "rep")):
+    for what, column, kcl, of in (("KCL minus joint CE, top-1", "top1", "lt", "joint"),
+                                  ("KCL minus cRT, top-1", "top1", "lt", "lt"),
+                                  ("KCL minus CE, beta on the balanced set", "balancedness", "rep", "rep")):
         parts = []
         for ce, when in (("ce", "with the paper's epochs"), ("ce-200", "with 200 epochs each"),
                          ("ce-280", "with equal CPU time")):
-            x = difference(lines, column, f"kcl/{of} - {ce}/{of}")
-            parts.append(f"{show(x, column, '+')} {when}")
-        text += f"{what}: {', '.join(parts)}.\n"
+            x = difference(lines, column, f"kcl/{kcl} - {ce}/{of}")
+            parts.append(f"{show(x, column, '+')} {when} (n = {len(x)})" if len(x) else f"not run yet {when}")
+        text += f"- {what}: {', '.join(parts)}.\n"
     return text
 
 

@@ -223,6 +223,9 @@ def main():
     dataset = data.ImageList(args.data, args.list, spec, args.aug)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     C, steps = len(draws.counts), len(dataset) // args.batch
+    if args.protocol == "rep" and draws.counts.max() > 2 * draws.counts.min():  # ImageNet: 732 to 1,300
+        ddp.print0(f"{args.list} is not balanced ({draws.counts.min()} to {draws.counts.max()} images a class), so "
+                   "beta is not that of the features alone")
     pairs = list(itertools.product(args.lr, args.weight_decay))           # one classifier each
     val = val_images(args, spec, C) if len(pairs) > 1 else None
     header = checkpoint.header(args, list_sha256=data.sha256(data.find_list(args.data, args.list)),

@@ -129,6 +129,15 @@ def test_cached_features_train_as_streamed_ones_that_are_not_augmented(linear, m
     assert cached["protocol"] == streamed["protocol"].replace("lt:", "lt, cached features:")
 
 
+def test_protocol_rep_says_where_its_list_is_not_balanced(linear, run, capsys):
+    lines = (run / "small.txt").read_text().splitlines(keepends=True)
+    few = [line for line in lines if line.endswith(" 3\n")][3:]
+    (run / "uneven.txt").write_text("".join(line for line in lines if line not in few))
+    for name, said in (("small.txt", False), ("uneven.txt", True)):
+        linear("--protocol", "rep", "--features", "cached", "--lr", 1, "--list", run / name)
+        assert ("is not balanced (3 to 1" in capsys.readouterr().out) == said
+
+
 def test_lws_scales_the_rows_of_the_joint_head(linear, run):
     joint = torch.load(run / "head.pt", weights_only=True)
     head, (module,), _ = linear("--classifier", "lws", "--lr", 1)

@@ -311,6 +311,9 @@ def test_amp_and_compile(small, script, tmp_path, monkeypatch):
     conv = F.conv2d
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: dtypes.add(
         (y := conv(x, w, b, self.stride, self.padding)).dtype) or y)
+    script(train_rep, "--loss", "kcl", *SETTINGS, *small, "--out", tmp_path / "without")
+    assert not compiled and dtypes == {torch.float32}
+    dtypes.clear()
     script(train_rep, "--loss", "kcl", *SETTINGS, *small, "--amp", "--compile", "--out", tmp_path / "run")
     assert len(compiled) == 2 and dtypes == {torch.bfloat16}
     state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["model"]

@@ -245,7 +245,6 @@ def main():
         log = checkpoint.open_log(args.out, header, begin * steps if ckpt else None, args.tensorboard)
     bar = tqdm(total=steps * args.epochs, initial=steps * begin, desc=args.out.name, unit="step", mininterval=1,
                disable=ddp.rank() > 0 or None)                            # None: no bar in a file
-    net.train()
     saved = time.time()
     for epoch in range(begin, args.epochs):
         draws.set_epoch(epoch)

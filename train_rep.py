@@ -1,7 +1,7 @@
 """
 Stage 1: train a representation with KCL, or with what it is compared with: CE, CL (MoCo), FCL, and baselines.py.
 
-    python train_rep.py --loss kcl                                  # embedded digits, CPU or one GPU, 2 minutes
+    python train_rep.py --loss kcl                                  # embedded digits, CPU or one GPU, 3 minutes
     torchrun --nproc_per_node=2 train_rep.py --loss kcl             # two processes; BatchNorm sees half of a batch
     torchrun --nproc_per_node=8 train_rep.py --loss kcl --data /path/to/imagenet --list ImageNet_LT_train.txt
 

@@ -416,24 +416,23 @@ def two_panels(plt, lines, file, x, xlabel, curves):
 def tail(plt, lines, file):
     """The picture on top of README.md: accuracy of each class against its training images."""
     fig, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
-    few = {}
-    places = {"CE, joint": (6, -35), "CE, cRT": (8, -25), "KCL": (5, 30)}  # of the label: class, points above its mean
-    for (name, place), of in zip(places.items(), ("ce/joint", "ce/lt", "kcl/lt")):
-        few[name] = difference(lines, "few", of).mean()
+    few, shifts = [], (1.04, 1, 0.96)                                     # of x, so that no bar hides another
+    for name, of, said, shift in zip(("CE, joint", "CE, cRT", "KCL"), ("ce/joint", "ce/lt", "kcl/lt"),
+                                     ("plain CE", "CE with a new classifier (cRT)", "KCL"), shifts):
+        few.append(f"{said} {difference(lines, 'few', of).mean():.0f} %")
         accuracy = []  # of each seed, largest class first
         for line in lines[of].values():
             order = np.argsort(line["counts"], kind="stable")[::-1]
             sizes = np.array(line["counts"])[order]
             accuracy.append(100 * np.array(line["per_class"])[order])
-        accuracy = np.array(accuracy).T                                   # (C, n)
-        curve(ax, sizes, accuracy, name)
-        i, dy = place
-        ax.annotate(name, (sizes[i], accuracy[i].mean()), xytext=(0, dy), textcoords="offset points", ha="center",
-                    va="center", color=STYLES[name][0], weight="bold")
-    ax.set(xscale="log", xlim=(420, 2.5), ylim=(0, 100), xlabel="training images of the class",
+        mean, half = np.transpose([interval(x) for x in np.array(accuracy).T])                   # (C,) each
+        color, marker = STYLES[name]
+        ax.errorbar(sizes * shift, mean, half, color=color, marker=marker, capsize=3, label=said)
+    ax.axvspan(20, 2.5, color="0.92", zorder=0)
+    ax.set(xscale="log", xlim=(420, 2.5), ylim=(0, 100), xlabel="training images of the class (each of 10 digits)",
            ylabel="test accuracy of the class, %",
-           title=f"Classes with fewer than 20 training images: KCL recognises\n{few['KCL']:.0f} %, "
-                 f"CE with a re-trained classifier {few['CE, cRT']:.0f} %, plain CE {few['CE, joint']:.0f} %")
+           title=f"Test accuracy on classes with fewer than 20 images (grey):\n{', '.join(few)}")
+    ax.legend(loc="lower left", title=f"mean of {len(accuracy)} seeds, 95 % interval")
     ax.set_xticks(sizes, sizes)
     ax.minorticks_off()
     fig.savefig(file)

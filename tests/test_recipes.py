@@ -148,15 +148,13 @@ def test_every_line_in_small(bash, recipe):
     assert rows(printed) == EXPECTED[recipe]
 
 
-def test_the_main_job(bash, project):
+def test_the_main_job(bash):
     """The six rows of the README, by their names; nothing speaks of seeds where there is one."""
     code, printed, commands = bash("digits", SMOKE=1)
     assert code == 0, printed[-3000:]
     assert re.findall(r"^\| ([^|]+?) +\|", printed, re.M) == [
         "run", "CE, joint", "CE, tau-norm", "CE, cRT", "KCL", "balanced set: CE", "balanced set: KCL"]
     assert "seeds" not in printed and commands[0][1:4] == ["-m", "pip", "install"]
-    for picture in ("accuracy_by_class", "balancedness", "features"):
-        assert (project / f"runs/smoke/{picture}.png").stat().st_size > 10_000
 
 
 def test_run_again_it_goes_on(bash):

@@ -72,6 +72,7 @@ def test_every_command_parses(tmp_path, digits, monkeypatch):
                                 "loss": args.loss, "list_sha256": data.sha256(data.find_list(args.data, args.list))}
                     args.out.mkdir(parents=True, exist_ok=True)
                     (args.out / "log.jsonl").write_text(json.dumps({"settings": settings}))
+                    (args.out / "backbone.pt").touch()
     finally:
         dist.destroy_process_group()
     names = [cell.name for cell, _, _ in cells]

@@ -514,7 +514,6 @@ def main():
         log = checkpoint.open_log(args.out, header, first or None, args.tensorboard)
 
     # train
-    net.train()
     stream = batches(args.seed, first)
     totals, n, since, saved = {}, 0, time.time(), time.time()
     bar = progress(range(first, args.iterations), "training")

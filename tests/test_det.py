@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import checkpoint
+import data
 import det_data
 import make_lt
 import resnet
@@ -386,7 +387,10 @@ def log_of(out):
 
 
 @pytest.mark.parametrize("dataset, arch", [("voc", "c4"), ("coco", "c4"), ("coco", "fpn"), ("digits", "fpn")])
-def test_runs_end_to_end(script, small, tmp_path, capsys, dataset, arch):
+def test_runs_end_to_end(script, small, tmp_path, capsys, monkeypatch, dataset, arch):
+    made, scenes = [], transfer_det.Scenes
+    monkeypatch.setattr(transfer_det, "Scenes", lambda *args, **more: made.append(more) or scenes(*args, **more))
+    monkeypatch.setitem(transfer_det.HEADS, "fpn" if dataset == "digits" else "digits", None)  # these heads are others'
     {"voc": stand_ins.voc, "coco": stand_ins.coco}.get(dataset, Path.mkdir)(tmp_path / "data")
     out = tmp_path / "out"
     script(transfer_det, "--dataset", dataset, "--arch", arch, "--pretrained", backbone(tmp_path), "--out", out,
@@ -400,6 +404,8 @@ def test_runs_end_to_end(script, small, tmp_path, capsys, dataset, arch):
     detector = torch.load(out / "detector.pt", weights_only=True)
     assert all(x == 2 for name, x in detector.items() if name.endswith("tracked"))  # the two precise iterations
     first, *lines = log_of(out)
+    assert made == [{"train": True}, {"masks": False}]                    # images without an object are tested on alone
+    assert first["settings"]["pretrained_sha256"] == data.sha256(tmp_path / "backbone.pt")
     assert first["command"].startswith("transfer_det.py --dataset") and first["settings"]["batch"] == 2
     assert [line["step"] for line in lines] == [2, 4, 5] and all(np.isfinite(line["loss"]) for line in lines)
 
@@ -422,7 +428,9 @@ def test_resumed_run_equals_the_straight_one(script, small, tmp_path, monkeypatc
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(transfer_det, "learning_rate", killed)
         script(transfer_det, *args, "--out", tmp_path / "run")
-    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["iteration"] == 2  # of a log line
+    ckpt = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    assert ckpt["iteration"] == 2  # of a log line
+    assert [group["momentum"] for group in ckpt["optimizer"]["param_groups"]] == [0.9, 0.9]
     script(transfer_det, *args, "--out", tmp_path / "run")
 
     straight, resumed = (torch.load(tmp_path / out / "detector.pt", weights_only=True) for out in ("straight", "run"))

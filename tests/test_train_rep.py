@@ -140,14 +140,14 @@ def test_contrastive_steps(variant, small, script, tmp_path, float64):
             loss = eq4(q, keys, queue, positives, unused, divisor)
             sgd.step(loss, LR)
             enqueue(keys, labels)
-            losses.append(loss.item())
+            losses.append((loss.item(), math.sqrt(DIM) * q.detach().numpy().std(0).mean()))
 
     for name, x in {**{f"encoder_q.{n}": x for n, x in encoder_q.state_dict().items()}, "queue": queue,
                     **{f"encoder_k.{n}": x for n, x in encoder_k.state_dict().items()}}.items():
         assert torch.allclose(found[name].double(), x.double(), atol=1e-9, rtol=1e-9), name
     assert found["queue_labels"].tolist() == queue_labels.tolist()
-    logged = [json.loads(line)["loss"] for line in open(tmp_path / "run/log.jsonl").readlines()[1:]]
-    assert np.allclose(logged, losses, rtol=1e-9)
+    logged = [json.loads(line) for line in open(tmp_path / "run/log.jsonl").readlines()[1:]]
+    assert np.allclose([(line["loss"], line["feature_std"]) for line in logged], losses, rtol=1e-9)
     backbone = torch.load(tmp_path / "run/backbone.pt", weights_only=True)
     assert all(torch.equal(x, found[f"encoder_q.{name}"]) for name, x in backbone.items())
     assert {n.split(".")[0] for n in backbone} == {"conv1", "bn1", "layer1", "layer2", "layer3"}

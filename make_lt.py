@@ -298,8 +298,8 @@ def main():
     ordered = order(full, base, args.seed)
     counts = {"full": [len(paths) for paths in ordered]}
     counts |= family_counts(tail, args.lt0) if args.long_tail else {"lt": counts["full"]}
-    for name in ALPHAS.keys() & counts.keys() - {"lt"}:
-        if any(n > there for n, there in zip(counts[name], counts["full"])):
+    for name in list(counts):
+        if name not in ("full", "lt") and any(n > there for n, there in zip(counts[name], counts["full"])):
             print(f"left out: train_{name}.txt, for which a class has too few images")
             del counts[name]
     splits = {f"train_{name}": take(ordered, n, f"train_{name}") for name, n in counts.items()}

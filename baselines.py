@@ -94,7 +94,7 @@ def criterion(args, model, counts, epoch):
     raise NotImplementedError(f"--loss {args.loss} has no branch here")
 
 
-def classifier(args, model):
+def classifier(model):
     """Weight (C, D) and bias (C,) of the classifier that a loss in LOGITS has trained along."""
     weight = model.fc.weight.detach()
     if isinstance(model.fc, NormedLinear):  # the norm of an image's features scales all of its logits alike

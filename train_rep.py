@@ -180,7 +180,7 @@ def keys_to_fill(loader, draws, args, device):
 def hand_on(args, header, model, counts):
     """backbone.pt, which says that the run is finished, and before it head.pt of losses that train a classifier."""
     if args.loss in baselines.LOGITS:
-        weight, bias = baselines.classifier(args, model)
+        weight, bias = baselines.classifier(model)
         how = baselines.LOSSES[args.loss] + "-DRW" * args.drw + " from another backbone" * bool(args.init)
         checkpoint.save({
             "weight": weight.cpu(), "bias": bias.cpu(), "backbone": "backbone.pt", "arch": args.arch,

@@ -259,7 +259,7 @@ def sizes_table(lines):
     """What the digits' defaults, width 16, batch 64 and a queue of 512, were chosen among."""
     def mean(column, name):
         x = difference(lines, column, name)
-        return f"{x.mean():.1f}" if column == "top1" and len(x) else f"{x.mean():.0f}" if len(x) else "-"
+        return f"{x.mean():.{int(column == 'top1')}f}" if len(x) else "-"
 
     sizes = {"as they are": ("tune-kcl-0.1", "tune-ce-0.3")}
     sizes |= {size.replace("-", " "): (f"size-kcl-{size}", f"size-ce-{size}")
@@ -445,8 +445,7 @@ def draw(lines, folder):
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "figure.facecolor": "white", "savefig.dpi": 150,
                          "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
-    if len(lines["kcl/lt"]) >= 5:  # a band of fewer seeds hides the curves
-        tail(plt, lines, folder / "tail.png")
+    tail(plt, lines, folder / "tail.png")
     (folder / "findings").mkdir(exist_ok=True)
     fig2, fig3 = {}, {}
     for name, loss in LOSSES.items():

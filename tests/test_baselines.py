@@ -38,15 +38,14 @@ def seeded(monkeypatch):
 @pytest.mark.parametrize("loss", baselines.LOGITS)
 def test_classifier_is_what_the_loss_has_trained(loss):
     """weight and bias on the backbone's features decide as the network does."""
-    args = flags(loss)
-    model = baselines.network(args, resnet.ARCHS["resnet8s"], COUNTS).eval()
+    model = baselines.network(flags(loss), resnet.ARCHS["resnet8s"], COUNTS).eval()
     encoder, x = getattr(model, "encoder", model), torch.randn(6, 3, 32, 32)
     if "focal" in loss:
         assert torch.allclose(model.fc.bias.sigmoid(), torch.full((4,), 1 / 4))   # a sigmoid's prior is 1 / C
     nn.init.normal_(model.fc.weight)
     logits = model(x)
     assert logits.shape == (6, 4)
-    weight, bias = baselines.classifier(args, model)
+    weight, bias = baselines.classifier(model)
     encoder.fc = nn.Identity()
     ours = encoder(x) @ weight.T + bias                                   # (6, C)
     if loss == "ldam":  # up to the norm of the features, which is the same for all classes

@@ -142,7 +142,6 @@ def gpu(monkeypatch, script):
                 m.setattr(module, "DataLoader", Loader)
             m.setattr(data, "channels", functools.cache(data.channels.__wrapped__))
             m.setattr(ddp, "init", lambda: init() and GPU)
-            m.setattr(ddp, "wrap", lambda module: module)                 # DDP's C++ would mix our tensors with its own
             m.setattr(checkpoint, "save", save_for_all)
             m.setattr(torch, "load", lambda *a, map_location, **kw: load(*a, map_location={"cpu": "cpu"}[map_location], **kw))
             m.setattr(torch, "autocast", lambda kind, *a, **kw: autocast({"cuda": "cpu"}[kind], *a, **kw))

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kcl
 from kcl import choose_positives, choose_slots, fast_kcl_loss, kcl_loss
@@ -141,6 +142,27 @@ def test_fast_loss_has_the_same_value_and_gradient(B, K, classes, num_positives,
             found, = torch.autograd.grad((loss * weight).sum(), q)
             assert (loss - expected).norm() <= tolerance * expected.norm()
             assert (found - gradient).norm() <= tolerance * gradient.norm()
+
+
+class LargestResult(TorchDispatchMode):
+    """The most numbers in a tensor that an operation gives back."""
+    most = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {})
+        for x in out if isinstance(out, (list, tuple)) else [out]:
+            self.most = max(self.most, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("num_positives", [0, 6, None])
+def test_fast_loss_makes_no_table_of_all_keys(num_positives):
+    x, most = batch(B=64, K=4096, d=8, dtype=torch.float32), []
+    for loss in (kcl_loss, partial(fast_kcl_loss, chunk=512)):
+        with LargestResult() as watch:
+            loss(x[0].requires_grad_(), *x[1:], num_positives).backward()
+        most.append(watch.most)
+    assert most[0] >= 64 * 4096 and most[1] <= max(64 * 512, 4096 * 8)
 
 
 # ---- what both take

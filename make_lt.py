@@ -276,7 +276,7 @@ def main():
     C, n_max = len(names), args.n_max or min(map(len, full))
     base = [[]] * C
     if args.long_tail in ("exponential", "pareto"):
-        print(f"largest class: {n_max} images" + ", as many as the smallest has; --n-max" * (args.n_max is None))
+        print(f"largest class of the long tail: {n_max} images (--n-max; by default what the smallest class has)")
     if args.long_tail == "exponential":
         tail = exponential_counts(C, n_max, args.imbalance)
     elif args.long_tail == "pareto":

@@ -398,7 +398,7 @@ def print_table(rows):
     def line(name, cells):
         print(f"| {name:<{width}} | " + " | ".join(f"{x:>13}" for x in cells) + " |")
 
-    line("run", [f"{kind} {name}" for kind, name in columns])
+    line("in percent", [f"{kind} {name}" for kind, name in columns])
     print("|---" * (len(columns) + 1) + "|")
     seeds = {}
     for row in rows:

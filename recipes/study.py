@@ -8,16 +8,18 @@ for each classifier to results/study.jsonl. recipes/findings.py makes the page o
 
 A cell is a representation (stage 1) with its classifiers (stage 2). A seed draws the digit images, the order of the
 classes, the weights, the order of the images and the positives: all cells of a seed see the same images. A line holds
-its commands, their CPU seconds on one thread without Python's start, and what evaluate.py found.
+its commands, the CPU, their seconds of it on one thread without Python's start, and what evaluate.py found.
 
-Every method's learning rate is chosen on val: four trials on two seeds that nothing else uses. A variant takes the rate
-of its method. Stage 2 chooses among its eight rates, and tau-norm among 21 values of tau, on each run's val list.
+Every method's learning rate is chosen on val: four trials on four seeds that nothing else uses. A variant takes its
+method's rate. Stage 2 chooses among its eight rates, and tau-norm among 21 values of tau, on each run's val list.
 """
 import argparse
 import importlib
 import json
 import multiprocessing
 import os
+import platform
+import re
 import resource
 import shlex
 import shutil
@@ -30,7 +32,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-LRS, TUNE_SEEDS, WIDTHS = (0.03, 0.1, 0.3, 1), (10, 11), (24, 32)
+LRS, TUNE_SEEDS, WIDTHS = (0.03, 0.1, 0.3, 1), (10, 11, 12, 13), (24, 32)
 HEADLINE_SEEDS, SEEDS = range(100, 120), range(100, 110)
 
 # name -> train_rep.py's flags, and the classifier that chooses the learning rate
@@ -110,7 +112,7 @@ def blocks():
 
 
 def sizes():
-    """Other sizes of the miniature, judged on val as the learning rates are: do they make it better per second?"""
+    """Other sizes of the miniature, judged on val on two seeds: do they make it better per second?"""
     cells = []
     for method, rate in (("kcl", 0.1), ("ce", 0.3)):
         flags = {f"batch-{b}": f"--batch {b} --lr {rate * b / 64:g}" for b in (32, 128)}  # the rate goes with the batch
@@ -169,6 +171,14 @@ def plan(cell, seed, rates, runs):
     return commands, f"evaluate.py {heads}{flags} --workers 0"
 
 
+def cpu():
+    """Its name and how wide its vectors are."""
+    import torch
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name, = re.findall(r"model name\s*: (.*)", info)[:1] or [platform.machine()]
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def as_command(command, log):
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
@@ -210,7 +220,8 @@ def measure(task, runs, file, smoke):
     text = ""
     for name, its in commands.items():
         result = json.loads((out / FILES[name]).read_text())
-        line = {"cell": cell.name, "seed": seed, "classifier": name, "seconds": round(sum(seconds[c] for c in its), 1)}
+        line = {"cell": cell.name, "seed": seed, "classifier": name, "cpu": cpu(),
+                "seconds": round(sum(seconds[c] for c in its), 1)}
         line |= {key: result[key] for key in KEPT if key in result}
         line["commands"] = [*its, stage3] if stage3 else its
         text += json.dumps(line) + "\n"
@@ -256,7 +267,7 @@ def main():
                 pass
 
     if not args.only or "sizes" in args.only:
-        work("sizes, on val", [(cell, seed, {}) for seed in tune_seeds for cell in sizes()])
+        work("sizes, on val", [(cell, seed, {}) for seed in tune_seeds[:2] for cell in sizes()])
     rates = {}
     for block, seeds, cells in blocks():
         cells = [cell for cell in cells if not args.only or {block, cell.name} & set(args.only)]

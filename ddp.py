@@ -92,6 +92,7 @@ def run(main):
     try:
         main()
     finally:
-        gc.collect()  # a DDP wrapper that outlives its gloo group aborts at exit
+        if world() > 1:
+            gc.collect()  # a DDP wrapper that outlives its gloo group aborts at exit
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,7 +8,6 @@ can show: CUDA's kernels and their rounding (bf16, cuDNN, foreach) and what else
 DDP, copies and streams that really run beside the host, pinning threads, --compile, memory, speed.
 """
 import functools
-import gc
 import json
 import sys
 from pathlib import Path
@@ -187,7 +186,6 @@ def test_what_is_refused_and_counted():
 @pytest.fixture(scope="module")
 def lists(digits, tmp_path_factory):
     """80 images to train on, three steps of 24 an epoch; 40 to choose, 40 to test."""
-    gc.freeze()                                                           # ddp.run() collects garbage each time
     root = tmp_path_factory.mktemp("lists")
     for name, n in ("train_full.txt", 80), ("val.txt", 40), ("test.txt", 40):
         lines = (digits / name).read_text().splitlines(keepends=True)

@@ -1,5 +1,4 @@
 """The recipes: every line of every one, in small, as SMOKE=1 runs it; where they stop; what slurm.sh starts."""
-import gc
 import importlib
 import multiprocessing
 import os
@@ -35,7 +34,6 @@ exit "${{said##*$'\\n'}}"
 
 
 def forked(cwd, argv, output):
-    gc.freeze()  # the parent's objects are many: collecting them, as ddp.run() does, copies their pages
     os.chdir(cwd)
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
     torch.set_num_threads(1)

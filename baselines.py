@@ -12,8 +12,8 @@ CE and its samplers, cRT, LWS, NCM, tau-norm and SSP are no losses of their own:
 train_linear.py --classifier, evaluate.py --ncm and --tau-norm.
 
 Add your loss here: its name in LOSSES; in LOGITS if it trains a classifier along, which is model.fc; in VIEWS if it
-takes two views, and in WHOLE_BATCH then; a branch in `criterion`, and in `network` if it needs more than a ResNet with
-C outputs. A flag of its own goes into train_rep.py's parse_args. What `criterion` returns takes
+takes two views, as every MoCo does, and in WHOLE_BATCH then; a branch in `criterion`, and in `network` if it needs more
+than a ResNet with C outputs. A flag of its own goes into train_rep.py's parse_args. What `criterion` returns takes
     logits (b, C), labels (b,)                        for most losses
     z (2 b, d), labels (b,)                           with two views, one after the other; z is not normalised
     q, k (b, d), queue, labels (b,), queue_labels     where `network` returns a MoCo: what kcl_loss takes

@@ -127,8 +127,8 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
     is the sum of exp over own view and queue, m the number of positives, D the divisor:
         loss         (m log Z - u . sum of positive keys) / D
         d loss / du  (m softmax-weighted mean of all keys - sum of positive keys) / D
-    chunk: keys at a time, by default 1024, which a CPU's cache holds for B = 256, and 4096 on a GPU, where a launch
-    takes longer than its arithmetic.
+    chunk: keys at a time, by default 1024, which a CPU's cache holds for B = 256, and on a GPU, where a launch takes
+    longer than its arithmetic, so many that B x chunk numbers are 4 MiB.
 
     torch.compile(fullgraph=True) and torch.func.grad take it. For vmap take kcl_loss, and for a second derivative (a
     gradient penalty), which would be wrong here in silence.
@@ -139,7 +139,7 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
         return kcl_loss(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor, drop_unused,
                         first_k, reduction)
     check_shapes(q, k, queue, labels, queue_labels)
-    chunk = chunk or (4096 if q.is_cuda else 1024)
+    chunk = chunk or (2**20 // len(q) if q.is_cuda else 1024)
     labels, queue_labels = labels.contiguous(), queue_labels.contiguous()  # or searchsorted copies, and warns
 
     with torch.autocast(q.device.type, enabled=False):
@@ -157,10 +157,11 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
             scaled = u * math.log2(math.e)                                # exp as 2^x: a quarter of its time on a CPU
             e = (scaled * k).sum(1).exp2()                                # (B,), the own view's
             Z, weighted = e.clone(), e[:, None] * k                       # (B,), (B, d)
-            logits = u.new_empty(len(u), min(chunk, len(queue)))          # one for all chunks: it stays in the cache
+            logits = u.new_empty(len(u) * min(chunk, len(queue)))         # one for all chunks: it stays in the cache
             for begin in range(0, len(queue), chunk):
                 keys = queue[begin:begin + chunk]                         # (c, d)
-                e = torch.mm(scaled, keys.T, out=logits[:, :len(keys)]).exp2_()  # (B, c)
+                e = logits[:len(u) * len(keys)].view(len(u), len(keys))   # (B, c)
+                torch.mm(scaled, keys.T, out=e).exp2_()
                 Z += e.sum(1)
                 weighted.addmm_(e, keys)
             value = (m * Z.log() - (u * positive_sum).sum(1)) / divisor   # (B,)

@@ -17,7 +17,8 @@ The queue starts as random vectors of no class; moco.fill_queue((im_k, labels) o
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020; labels in the queue as KCL
 (ICLR 2021, App. A) needs them. Wrap `encoder_q` alone in DistributedDataParallel, not the MoCo, whose queue would be
-broadcast in each step: every rank computes the same queue by itself. Needs torch and ddp.py.
+broadcast in each step: every rank computes the same queue by itself. So build the MoCo under the same torch seed on all
+ranks; DDP makes only the `encoder_q` equal. Needs torch and ddp.py.
 """
 import torch
 import torch.nn as nn

@@ -8,7 +8,7 @@ for each classifier to results/study.jsonl. recipes/findings.py makes the page o
 
 A cell is a representation (stage 1) with its classifiers (stage 2). A seed draws the digit images, the order of the
 classes, the weights, the order of the images and the positives: all cells of a seed see the same images. A line holds
-its commands, the CPU, their seconds of it on one thread without Python's start, and what evaluate.py found.
+its commands, the machine, their CPU seconds on one thread without Python's start, and what evaluate.py found.
 
 Every method's learning rate is chosen on val: four trials on four seeds that nothing else uses. A variant takes its
 method's rate. Stage 2 chooses among its eight rates, and tau-norm among 21 values of tau, on each run's val list.
@@ -96,8 +96,8 @@ def blocks():
     table4 = [Cell(f"{loss}-{half}", loss, f"--list {half}_source/train_full.txt", ("source", "target", "full"))
               for half in ("overlap", "independent") for loss in ("ce", "cl", "kcl")]
     fig5 = [Cell(f"kcl-k{k}", "kcl", f"--num-positives {k}") for k in (1, 2, 4, 10, 20)]
-    options = [Cell(f"kcl-{flag}", "kcl", f"--{flag}")
-               for flag in ("fixed-divisor", "drop-unused", "first-k", "no-fill")]
+    options = [Cell(f"kcl-{flag.replace(' ', '-')}", "kcl", f"--{flag}")
+               for flag in ("fixed-divisor", "drop-unused", "first-k", "no-fill", "lr 0.1")]
     methods = [Cell(f"ce-{sampler}", "ce", f"--sampler {sampler}", ("joint", "rep"))
                for sampler in ("class", "sqrt", "progressive")]
     methods += [Cell(name, name, classifiers=("joint", "rep")) for name in ("focal", "cb-focal", "ldam", "bbn")]
@@ -171,12 +171,11 @@ def plan(cell, seed, rates, runs):
     return commands, f"evaluate.py {heads}{flags} --workers 0"
 
 
-def cpu():
-    """Its name and how wide its vectors are."""
+def machine():
     import torch
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name, = re.findall(r"model name\s*: (.*)", info)[:1] or [platform.machine()]
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.partition('+')[0]}"
 
 
 def as_command(command, log):
@@ -220,7 +219,7 @@ def measure(task, runs, file, smoke):
     text = ""
     for name, its in commands.items():
         result = json.loads((out / FILES[name]).read_text())
-        line = {"cell": cell.name, "seed": seed, "classifier": name, "cpu": cpu(),
+        line = {"cell": cell.name, "seed": seed, "classifier": name, "machine": machine(),
                 "seconds": round(sum(seconds[c] for c in its), 1)}
         line |= {key: result[key] for key in KEPT if key in result}
         line["commands"] = [*its, stage3] if stage3 else its
@@ -248,6 +247,7 @@ def main():
     os.chdir(ROOT)
     runs.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a fork copies no other thread
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CPU seconds compare methods
     sys.path.insert(0, str(ROOT))
     for script in ("make_lt", "train_rep", "train_linear", "evaluate", "transfer_det"):
         importlib.import_module(script)  # once for all forks

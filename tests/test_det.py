@@ -415,6 +415,7 @@ def test_runs_end_to_end(script, small, tmp_path, capsys, monkeypatch, dataset, 
     assert "/out, 2 seeds" in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="RoIAlign's gradient adds up in any order")
 def test_resumed_run_equals_the_straight_one(script, small, tmp_path, monkeypatch, capsys):
     args = (*TINY_RUN, "--pretrained", "none", "--accumulate", 2)
     script(transfer_det, *args, "--out", tmp_path / "straight")

@@ -98,7 +98,8 @@ def test_contrastive_steps(variant, small, script, tmp_path, float64):
         checkpoint.save(start, tmp_path / "start.pt")
         flags.append(tmp_path / "start.pt")
     script(train_rep, "--loss", *flags, *SETTINGS, *small, "--out", tmp_path / "run", "--aug", "affine")
-    found = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["model"]
+    found = torch.load(tmp_path / "run/ckpt.pt", weights_only=True, map_location="cpu")["model"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # each draws other positives
 
     torch.manual_seed(SEED)
     encoder_q, encoder_k = (with_head(ARCHS["resnet8s"], DIM, "--mlp" in flags) for _ in range(2))
@@ -128,11 +129,12 @@ def test_contrastive_steps(variant, small, script, tmp_path, float64):
             torch.manual_seed((SEED * 1_000_003 + epoch * 3 + i + 1) * 1_009)  # the stream of the step
             same = [[j for j in range(K) if queue_labels[j] == label] for label in labels]
             if "--drop-unused" in flags:
-                positives = [row.nonzero()[:, 0].tolist() for row in kcl.choose_positives(labels, queue_labels, k_max)]
+                positives = [row.nonzero()[:, 0].tolist() for row in
+                             kcl.choose_positives(labels.to(device), queue_labels.to(device), k_max)]
             elif "--first-k" in flags or k_max in (0, K):
                 positives = [slots[:k_max] for slots in same]
             else:
-                slots, taken = kcl.choose_slots(labels, queue_labels, k_max)
+                slots, taken = kcl.choose_slots(labels.to(device), queue_labels.to(device), k_max)
                 positives = [s[t].tolist() for s, t in zip(slots, taken)]
             assert all(len(p) == min(k_max, len(s)) for p, s in zip(positives, same))
             unused = [set(s) - set(p) if "--drop-unused" in flags else () for s, p in zip(same, positives)]
@@ -220,7 +222,7 @@ def test_supcon_and_tsc_steps(small, script, tmp_path, float64):
         for views, labels, _ in batches(small, "instance", 2, epoch):
             z = F.normalize(network(pixels(torch.cat(views))))
             sgd.step(baselines.supcon_loss(z, labels.repeat(2), T), LR)
-    found = torch.load(tmp_path / "supcon/ckpt.pt", weights_only=True)["model"]
+    found = torch.load(tmp_path / "supcon/ckpt.pt", weights_only=True, map_location="cpu")["model"]
     assert all(torch.allclose(found[name].double(), x.double(), rtol=1e-9) for name, x in network.state_dict().items())
 
     # TSC is KCL in its first half, and is not in its second

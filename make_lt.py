@@ -243,6 +243,27 @@ def parse_args():
     return args
 
 
+def long_tail(args, full):
+    """Class sizes (C,) of the base long tail, by a rule or of a list, and that list's images of each class. full: all
+    training images of each class."""
+    C, n_max = len(full), args.n_max or min(map(len, full))
+    tail, base = [], [[]] * C
+    if args.long_tail in ("exponential", "pareto"):
+        print(f"largest class of the long tail: {n_max} images (--n-max; by default what the smallest class has)")
+    if args.long_tail == "exponential":
+        tail = exponential_counts(C, n_max, args.imbalance)
+    elif args.long_tail == "pareto":
+        tail = shuffled(pareto_counts(C, n_max, args.n_min), np.random.RandomState(args.seed))
+    elif args.long_tail:
+        tail = read_counts(args.long_tail)
+        if not tail:
+            base = sources.read_split(args.data, args.long_tail, C)
+            tail = [len(paths) for paths in base]
+        if len(tail) != C:
+            sys.exit(f"error: --long-tail {args.long_tail} has {len(tail)} classes, the training images have {C}")
+    return tail, base
+
+
 def main():
     args = parse_args()
     root, out = args.data, args.out
@@ -272,22 +293,7 @@ def main():
     held_out = [set(a + b) for a, b in zip(val, test)]
     full = [set(paths) - held for paths, held in zip(full, held_out)]
 
-    # the base long tail: class sizes by a rule, or a list
-    C, n_max = len(names), args.n_max or min(map(len, full))
-    base = [[]] * C
-    if args.long_tail in ("exponential", "pareto"):
-        print(f"largest class of the long tail: {n_max} images (--n-max; by default what the smallest class has)")
-    if args.long_tail == "exponential":
-        tail = exponential_counts(C, n_max, args.imbalance)
-    elif args.long_tail == "pareto":
-        tail = shuffled(pareto_counts(C, n_max, args.n_min), np.random.RandomState(args.seed))
-    elif args.long_tail:
-        tail = read_counts(args.long_tail)
-        if not tail:
-            base = sources.read_split(root, args.long_tail, C)
-            tail = [len(paths) for paths in base]
-        if len(tail) != C:
-            sys.exit(f"error: --long-tail {args.long_tail} has {len(tail)} classes, the training images have {C}")
+    tail, base = long_tail(args, full)
     sources.refuse_other_numbering(val, names)
     sources.refuse_other_numbering(base, names)
     for paths, held in zip(base, held_out):
@@ -297,7 +303,7 @@ def main():
     # one order of the images, and the lists that take its beginning
     ordered = order(full, base, args.seed)
     counts = {"full": [len(paths) for paths in ordered]}
-    counts |= family_counts(tail, args.lt0) if args.long_tail else {"lt": counts["full"]}
+    counts |= family_counts(tail, args.lt0) if tail else {"lt": counts["full"]}
     for name in list(counts):
         if name not in ("full", "lt") and any(n > there for n, there in zip(counts[name], counts["full"])):
             print(f"left out: train_{name}.txt, for which a class has too few images")

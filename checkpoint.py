@@ -57,15 +57,18 @@ def resume(out, settings, finished, restart=False):
     with open(log, encoding="utf-8") as f:
         there = json.loads(f.readline())["settings"]
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    differ = [f"{name}: {there.get(name)} there, {x} here" for name, x in settings.items()
-              if name not in FREE and there.get(name) != x]
+    differ = [f"{name}: other content" if name.endswith("_sha256") else f"{name}: {there.get(name)} there, {x} here"
+              for name, x in settings.items() if name not in FREE and there.get(name) != x]
     if differ:
+        if there.get("world") != settings["world"]:
+            differ.append(f"ranks: {there.get('world')} there, {settings['world']} here")
         sys.exit(f"error: {out} holds a run with other settings ({', '.join(differ)}); say these, name another --out, "
                  "or --restart to throw it away")
     if (out / finished).exists():
         ddp.print0(f"{out} is finished already; --restart trains it again")
         sys.exit(0)
     if not (out / "ckpt.pt").exists():
+        ddp.print0(f"{out} has no checkpoint yet: the run begins anew")
         return None
     return torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
 
@@ -108,6 +111,8 @@ def tensorboard_writer(out, first_step):
 def settings_of(backbone):
     """The settings of the run that wrote `backbone`, from the log.jsonl beside it; {} for a backbone from elsewhere.
     Exits where there is no such file."""
+    if Path(backbone).name == "head.pt":
+        sys.exit(f"error: {backbone} is a classifier; name the backbone.pt that it was trained on")
     if not Path(backbone).is_file():
         sys.exit(f"error: {backbone} is no file; name a backbone.pt of train_rep.py, or another program's checkpoint")
     log = Path(backbone).with_name("log.jsonl")

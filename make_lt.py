@@ -42,6 +42,7 @@ import math
 import random
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,8 @@ def take(ordered, counts, name):
     """The first counts[c] images of each class, sorted."""
     for c, (paths, n) in enumerate(zip(ordered, counts)):
         if not 1 <= n <= len(paths):
-            sys.exit(f"error: {name} wants {n} images of class {c}, which has {len(paths)} without those held out; "
+            folder = Path(paths[0]).parent.name
+            sys.exit(f"error: {name} wants {n} images of class {c} ({folder}), which has {len(paths)} to train; "
                      f"take a smaller {'--n-max or --holdout' if n else '--imbalance or --holdout'}")
     return [sorted(paths[:n]) for paths, n in zip(ordered, counts)]
 
@@ -214,12 +216,13 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0, help="of images, held-out images, order of the classes: 0")
     p.add_argument("--overwrite", action="store_true", help="replace lists of other content")
     p.add_argument("--full", help="list of all training images, in place of the folder train/")
-    p.add_argument("--holdout", type=int, help="training images a class for val.txt; default 20, but of the "
-                   "smallest class no more than a fifth; CIFAR 0")
+    p.add_argument("--holdout", type=int, help="training images a class for val.txt; default 20, but no more than a "
+                   "fifth of the class; CIFAR 0")
     # the base long tail and its family
-    p.add_argument("--long-tail", help="exponential (CIFAR's), pareto, imagenet-lt, a file of class sizes, a list")
+    p.add_argument("--long-tail", help="exponential (CIFAR's), pareto, imagenet-lt, a list, or a file of class "
+                   "sizes, numbers in the order of the classes")
     p.add_argument("--imbalance", type=float, default=100, help="exponential: largest over smallest class: 100")
-    p.add_argument("--n-max", type=int, help="images of the largest class; default: of the smallest there is")
+    p.add_argument("--n-max", type=int, help="images of the largest class; default: as many as fit")
     p.add_argument("--n-min", type=int, default=5, help="pareto: images of the smallest class")
     p.add_argument("--lt0", choices=("formula", "authors"), default="formula", help="formula: 116 on ImageNet-LT; 115")
     p.add_argument("--sizes", help="only print the table of a file of class sizes, of imagenet-lt, or of a list")
@@ -245,16 +248,24 @@ def parse_args():
 
 def long_tail(args, full):
     """Class sizes (C,) of the base long tail, by a rule or of a list, and that list's images of each class. full: all
-    training images of each class."""
-    C, n_max = len(full), args.n_max or min(map(len, full))
-    tail, base = [], [[]] * C
+    training images of each class. A rule's largest size goes to the class with most images; of equal classes the first
+    comes first (CIFAR's way), with pareto a random one (ImageNet-LT's)."""
+    C = len(full)
+    there = np.array([len(paths) for paths in full])
     if args.long_tail in ("exponential", "pareto"):
-        print(f"largest class of the long tail: {n_max} images (--n-max; by default what the smallest class has)")
-    if args.long_tail == "exponential":
-        tail = exponential_counts(C, n_max, args.imbalance)
-    elif args.long_tail == "pareto":
-        tail = shuffled(pareto_counts(C, n_max, args.n_min), np.random.RandomState(args.seed))
-    elif args.long_tail:
+        rule, classes = partial(exponential_counts, C, imbalance=args.imbalance), np.arange(C)
+        if args.long_tail == "pareto":
+            rule, classes = partial(pareto_counts, C, n_min=args.n_min), np.random.RandomState(args.seed).permutation(C)
+        classes = classes[np.argsort(-there[classes], kind="stable")]     # the largest first
+        fit = (n for n in range(max(there), args.n_min, -1) if (rule(n_max=n) <= there[classes]).all())
+        n_max = args.n_max or next(fit, args.n_min)
+        print(f"largest class of the long tail: {n_max} images (--n-max; by default as many as there are)")
+        tail = np.empty(C, dtype=int)
+        tail[classes] = rule(n_max=n_max)
+        return tail.tolist(), [[]] * C
+
+    tail, base = [], [[]] * C
+    if args.long_tail:
         tail = read_counts(args.long_tail)
         if not tail:
             base = sources.read_split(args.data, args.long_tail, C)
@@ -304,10 +315,11 @@ def main():
     ordered = order(full, base, args.seed)
     counts = {"full": [len(paths) for paths in ordered]}
     counts |= family_counts(tail, args.lt0) if tail else {"lt": counts["full"]}
-    for name in list(counts):
-        if name not in ("full", "lt") and any(n > there for n, there in zip(counts[name], counts["full"])):
-            print(f"left out: train_{name}.txt, for which a class has too few images")
-            del counts[name]
+    too_large = [name for name in ALPHAS if name != "lt" and (np.array(counts.get(name, 0)) > counts["full"]).any()]
+    if too_large:
+        print(f"left out: {', '.join(f'train_{name}.txt' for name in too_large)}; a class has too few images for them, "
+              "but not with a smaller --n-max")
+    counts = {name: n for name, n in counts.items() if name not in too_large}
     splits = {f"train_{name}": take(ordered, n, f"train_{name}") for name, n in counts.items()}
     splits["test"] = test
     if any(val):
@@ -317,12 +329,12 @@ def main():
     splits = {published.get(name, name): split for name, split in splits.items()}
     write_lists(out, splits, args.overwrite, published.values())
     sizes = {name: [len(paths) for paths in split] for name, split in splits.items()}
-    write_table(out, args.dataset, {name: n for name, n in sizes.items() if "train" in name})
+    write_table(out, args.dataset, sizes)
     if args.dataset == "folder":  # train_rep.py's defaults, 256 and 65536, are for a hundred thousand images
         power = 2 ** int(math.log2(sum(sizes["train_lt"])))
         print(f"next: python train_rep.py --dataset folder --data {root} --list {out / 'train_lt.txt'} "
               f"--batch {min(256, max(1, power // 4))} --queue {min(65536, power)}; "
-              "then train_linear.py with its backbone.pt and the same --batch")
+              "then train_linear.py with its backbone.pt and the same --batch, and evaluate.py with its head.pt")
 
 
 if __name__ == "__main__":

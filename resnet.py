@@ -160,7 +160,7 @@ def load_backbone(path, arch):
         found, wanted = (tuple(x[name].shape) if name in x else "absent" for x in (state, expected))
         if found != wanted:
             sys.exit(f"error: {path} does not fit {arch}: {name} is {found} in the file and {wanted} in {arch}; "
-                     "name the architecture of the file, or add it to ARCHS in resnet.py")
+                     "name the architecture of the file (--arch; transfer_det.py: --encoder), or add it to resnet.py")
     encoder.load_state_dict(state)
     below = f" below {prefix}" if prefix else ""
     print0(f"{path}: {len(weights) - len(left_out)} of {len(expected)} tensors matched{below}; "

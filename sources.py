@@ -136,16 +136,23 @@ def scan(root, folder):
         if paths:
             names.append(name)
             split.append(paths)
+        elif not name.endswith(("_source", "_target")):  # those hold lists
+            print(f"no class: {root / folder / name} holds no image")
     if not names:
         sys.exit(f"error: {root / folder} holds no <class>/<image>; an image ends in {' '.join(IMAGES)}")
     return names, split
 
 
 def hold_out(full, n, seed):
-    """n images of each class, drawn by the seed. n None: 20, but of the smallest class no more than a fifth."""
-    n = max(1, min(20, min(map(len, full)) // 5)) if n is None else n
-    rng = np.random.RandomState(seed)
-    return [[paths[i] for i in sorted(rng.permutation(len(paths))[:n])] for paths in full]
+    """n images of each class, drawn by the seed. n None: 20, but no more than a fifth of the class."""
+    rng, held = np.random.RandomState(seed), []
+    for paths in full:
+        wanted = max(1, min(20, len(paths) // 5)) if n is None else n
+        if wanted >= len(paths):
+            sys.exit(f"error: --holdout would take {wanted} of the {len(paths)} images of class "
+                     f"{Path(paths[0]).parent.name} and leave none to train; say a smaller number, or drop the class")
+        held.append([paths[i] for i in sorted(rng.permutation(len(paths))[:wanted])])
+    return held
 
 
 def class_folders(root, dataset, full_list, holdout, seed):

@@ -200,13 +200,14 @@ def hand_on(args, classifier, chosen, val_top1):
         counts_of = args.backbone_list  # what the backbone has seen, if of the same classes
     counts = data.class_counts(data.read_list(args.data, counts_of)[1], len(classifier.bias))
     how = f"{args.protocol}, cached features" if args.features == "cached" else args.protocol
-    spec = data.DATASETS[args.dataset]
+    spec, backbone = data.DATASETS[args.dataset], Path(args.backbone).resolve()
     checkpoint.save({
         "weight": classifier.weight.detach().cpu().clone(), "bias": classifier.bias.detach().cpu().clone(),
         "backbone": os.path.relpath(args.backbone, args.out), "arch": args.arch, "dataset": args.dataset,
         "data": args.data, "list": args.list, "counts": counts.tolist(), "counts_of": counts_of,
         "list_sha256": data.sha256(data.find_list(args.data, counts_of)),
-        "name": Path(args.backbone).resolve().parent.name, "chosen": chosen, "val_top1": val_top1,
+        "name": backbone.parent.name if backbone.name == "backbone.pt" else backbone.stem,
+        "chosen": chosen, "val_top1": val_top1,
         "protocol": f"{how}: {args.classifier} on {args.list}, {args.sampler} sampling, {args.epochs} epochs",
         **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}, args.out / "head.pt")
     (args.out / "ckpt.pt").unlink(missing_ok=True)

@@ -11,7 +11,8 @@
 # 1e-4, another stage 2, the best epoch on test): no replicates.
 # Fig. 4: KCL stands above CE with any sampler in balancedness, and above all others in accuracy.
 #
-# Data: $IMAGENET with train/<wnid>/*.JPEG, val/<wnid>/*.JPEG and ImageNet_LT_{train,val,test}.txt of Liu et al. 2019.
+# Data: $IMAGENET with train/<wnid>/*.JPEG, val/<wnid>/*.JPEG and ImageNet_LT_{train,val,test}.txt of Liu et al. 2019;
+# make_lt.py writes its lists there too.
 # 8 hours on 8 A100, estimated, not run here: images x epochs at 16,621 images/s (CE), 12,404 (CL, FCL, KCL) and 21,744
 # (stage 2: three times TF32 training, since it runs forward alone), if the images come as fast; results/bench.md.
 # Run again, it goes on where it stopped; a finished run or classifier is kept. SMOKE=1 tries every line in small.

@@ -253,6 +253,18 @@ def test_bad_input_is_one_sentence(linear, args, sentence):
     assert text.startswith("error: ") and sentence in text and "\n" not in text
 
 
+def test_a_head_is_no_backbone(script, run, digits):
+    with pytest.raises(SystemExit, match="head.pt is a classifier; name the backbone.pt that it was trained on"):
+        script(train_linear, run / "head.pt", *command(run, digits)[1:])
+
+
+def test_a_checkpoint_from_elsewhere_gives_the_classifier_its_name(script, run, digits, tmp_path):
+    for file, name in ("moco.pth", "moco"), ("backbone.pt", tmp_path.name):
+        shutil.copy(run / "backbone.pt", tmp_path / file)
+        script(train_linear, tmp_path / file, *command(run, digits)[1:], "--lr", 1, "--out", tmp_path / f"of_{file}")
+        assert torch.load(tmp_path / f"of_{file}/head.pt", weights_only=True)["name"] == name
+
+
 def test_the_list_of_the_backbone_is_the_one_it_was_trained_on(script, digits, run, tmp_path):
     (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
     with pytest.raises(SystemExit, match="no log.jsonl of train_rep.py beside .*; say --arch and --dataset and --data"):

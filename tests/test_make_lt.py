@@ -189,11 +189,15 @@ def test_no_digit_serves_two_splits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layout, args, sizes", [
     (dict(train=[70, 64, 60], val=[3] * 3), "--holdout 10 --long-tail exponential --imbalance 10",
-     dict(train_full=[60, 54, 50], train_lt=[50, 15, 5], train_lt0=[23] * 3, val=[10] * 3, test=[3] * 3)),
+     dict(train_full=[60, 54, 50], train_lt=[60, 18, 6], train_lt0=[28] * 3, val=[10] * 3, test=[3] * 3)),
+    (dict(train=[25, 9, 150], test=[3] * 3), "--long-tail exponential --imbalance 16",  # 84 / 4 = 21 would not fit
+     dict(train_full=[20, 8, 130], train_lt=[20, 5, 83], val=[5, 1, 20], test=[3] * 3)),
+    (dict(train=[25, 9, 150], test=[3] * 3), "--long-tail pareto --n-min 7",
+     dict(train_full=[20, 8, 130], train_lt=[20, 7, 53])),
     (dict(train=[5, 6], val=[2] * 2, test=[4] * 2), "",
      dict(train_full=[5, 6], train_lt=[5, 6], val=[2] * 2, test=[4] * 2)),
     ({".": [12, 9]}, "--holdout 3", dict(train_full=[6, 3], train_lt=[6, 3], val=[3] * 2, test=[3] * 2)),
-    ({".": [12, 19]}, "", dict(train_full=[8, 15], val=[2] * 2, test=[2] * 2)),  # a fifth of 12, then of 10
+    ({".": [12, 29]}, "", dict(train_full=[8, 20], val=[2, 4], test=[2, 5])),  # a fifth, then a fifth of the rest
 ])
 def test_own_folder(script, tmp_path, capsys, layout, args, sizes):
     root = folder(tmp_path, "tiff", **layout)
@@ -274,7 +278,8 @@ BACKWARDS = "".join(f"train/class{2 - c}/train_000.JPEG {c}\n" for c in range(3)
     ("lt.txt", EVERY, "--long-tail lt.txt", "the long tail holds train/class0/.* of the validation or test list"),
     ("lt.txt", BACKWARDS, "--long-tail lt.txt", "train/class2/.* has label 0, but class 0 of the 3 .* is class0"),
     ("sizes.txt", "3 4", "--long-tail X/sizes.txt", "sizes.txt has 2 classes, the training images have 3"),
-    ("", "", "--long-tail exponential --n-max 60", "train_lt wants 60 images of class 0, which has 24 without those"),
+    ("", "", "--long-tail exponential --n-max 60", "train_lt wants 60 images of class 0 .class0., which has 24 to train"),
+    ("", "", "--holdout 30", "--holdout would take 30 of the 30 images of class class0 and leave none to train"),
     ("", "", "--long-tail exponential --imbalance 1000", "train_lt. wants 0 images of class 1"),
     ("", "", "--data nowhere", "nowhere/train is missing: .*; `python make_lt.py --help` has the layouts"),
     ("", "", "--data .", ". holds no <class>/<image>; an image ends in .jpg"),

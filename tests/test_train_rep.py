@@ -300,6 +300,12 @@ def test_finished_restart_and_other_settings(small, script, tmp_path, capsys):
     assert (out / "backbone.pt").stat().st_mtime_ns > first
     assert json.loads(open(out / "log.jsonl").readline())["settings"]["lr"] == 0.1
 
+    (out / "ckpt.pt").unlink()
+    (out / "backbone.pt").unlink()
+    capsys.readouterr()
+    script(train_rep, *settings, "--lr", 0.1)
+    assert f"{out} has no checkpoint yet: the run begins anew" in capsys.readouterr().out
+
     # head.pt first, backbone.pt last: a run that ends between the two is not finished
     (out / "backbone.pt").unlink()
     (out / "head.pt").unlink()

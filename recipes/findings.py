@@ -501,6 +501,10 @@ def honest(lines):
             x = difference(lines, column, f"kcl/{kcl} - {ce}/{of}")
             parts.append(f"{show(x, column, '+')} {when} (n = {len(x)})" if len(x) else f"not run yet {when}")
         text += f"- {what}: {', '.join(parts)}.\n"
+    x = difference(lines, "top1", "kcl-lr-0.1/lt - ce/lt")
+    if len(x):
+        text += (f"- KCL minus cRT with KCL's learning rate 0.1 in place of 0.3, which val hardly tells apart: "
+                 f"{show(x, 'top1', '+')} (n = {len(x)}).\n")
     return text
 
 

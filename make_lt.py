@@ -259,7 +259,7 @@ def long_tail(args, full):
         classes = classes[np.argsort(-there[classes], kind="stable")]     # the largest first
         fit = (n for n in range(max(there), args.n_min, -1) if (rule(n_max=n) <= there[classes]).all())
         n_max = args.n_max or next(fit, args.n_min)
-        print(f"largest class of the long tail: {n_max} images (--n-max; by default as many as there are)")
+        print(f"largest class of the long tail: {n_max} images (--n-max; by default as many as fit)")
         tail = np.empty(C, dtype=int)
         tail[classes] = rule(n_max=n_max)
         return tail.tolist(), [[]] * C

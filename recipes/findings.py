@@ -270,7 +270,8 @@ def rates_table(lines):
 def sizes_table(lines):
     """What the digits' defaults, width 16, batch 64 and a queue of 512, were chosen among."""
     def mean(column, name):
-        x = difference({name: {seed: lines[name][seed] for seed in (10, 11)}} if name in lines else {}, column, name)
+        of_two = {seed: line for seed, line in lines.get(name, {}).items() if seed in (10, 11)}
+        x = difference({name: of_two}, column, name)
         return f"{x.mean():.{int(column == 'top1')}f}" if len(x) else "-"
 
     sizes = {"as they are": ("tune-kcl-0.1", "tune-ce-0.3")}

@@ -495,7 +495,8 @@ def honest(lines):
     text = ""
     for what, column, kcl, of in (("KCL minus joint CE, top-1", "top1", "lt", "joint"),
                                   ("KCL minus cRT, top-1", "top1", "lt", "lt"),
-                                  ("KCL minus CE, beta on the balanced set", "balancedness", "rep", "rep")):
+                                  ("KCL minus CE, beta on the balanced set", "balancedness", "rep", "rep"),
+                                  ("KCL minus CE, few-shot classes on the balanced set", "few", "rep", "rep")):
         parts = []
         for ce, when in (("ce", "with the paper's epochs"), ("ce-200", "with 200 epochs each"),
                          ("ce-280", "with equal CPU time")):

@@ -147,6 +147,9 @@ def test_a_claim_stands_in_the_list_of_its_verdict(lines):
     assert verdicts["KCL, 200 epochs, above cRT, 90"] == "open"
     assert verdicts["k = 6 above k = 4"] == "contradicted"
     page = findings.page(lines)
+    assert all(f"findings/{name}.png" in page for name in ("fig2", "fig3", "fig5"))
+    del lines["cl-lt4/rep"]
+    assert "fig2.png" not in findings.page(lines) and "fig3.png" in findings.page(lines)
     hold, contradicted, open_ = (page.index(f"### {name}") for name in ("Hold", "Contradicted", "Open"))
     assert hold < page.index("above joint CE, 90 | 4 | +11.0") < contradicted
     assert contradicted < page.index("k = 6 above k = 4 | 4 | -10") < open_ < page.index("above cRT, 90 | 4 |")

@@ -306,7 +306,7 @@ where the paper is right. A claim **holds** where its 95 % interval lies above 0
 below, and is **open** otherwise. The {headline} claims with a p-value are one family: KCL against CE, FCL and LDAM-DRW
 at the paper's epochs, at equal epochs and at equal CPU time. Their verdict is Holm's, at 0.05 for the whole family. The
 other {others} are not corrected: were all their differences 0, about {by_chance:.1f} would leave the list of open ones.
-The family is planned for 20 seeds; a row of it with fewer is an interim look.
+The family is planned for 20 seeds, the others for 10; a row with fewer is an interim look.
 
 ### Hold
 

@@ -110,7 +110,7 @@ def tensorboard_writer(out, first_step):
 
 def settings_of(backbone):
     """The settings of the run that wrote `backbone`, from the log.jsonl beside it; {} for a backbone from elsewhere.
-    Exits where there is no such file."""
+    Exits where there is no such file, or a head.pt is named in its place."""
     if Path(backbone).name == "head.pt":
         sys.exit(f"error: {backbone} is a classifier; name the backbone.pt that it was trained on")
     if not Path(backbone).is_file():

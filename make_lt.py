@@ -89,10 +89,10 @@ def family_counts(base, lt0="formula"):
     return counts
 
 
-def shuffled(counts, rng):
-    """The class sizes in a random order: which class is large is drawn, as for ImageNet-LT."""
-    by_class = np.zeros_like(counts)
-    by_class[rng.permutation(len(counts))] = counts
+def given_to(classes, sizes):
+    """Class sizes (C,) by class: the first of sizes goes to the first of classes, an order of all C."""
+    by_class = np.zeros_like(sizes)
+    by_class[classes] = sizes
     return by_class.tolist()
 
 
@@ -192,7 +192,7 @@ def make_digits(out="data/digits", seed=0, imbalance=100):
     """Write the embedded set, images and lists, to the new folder `out`."""
     rng = np.random.RandomState(seed)  # the legacy generator: the same numbers everywhere, for ever
     per_class = sources.PER_CLASS["train"]
-    base = shuffled(exponential_counts(10, per_class, imbalance), rng)
+    base = given_to(rng.permutation(10), exponential_counts(10, per_class, imbalance))  # drawn, as for ImageNet-LT
     counts = {"full": [per_class] * 10, **family_counts(base)}
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -253,16 +253,16 @@ def long_tail(args, full):
     C = len(full)
     there = np.array([len(paths) for paths in full])
     if args.long_tail in ("exponential", "pareto"):
-        rule, classes = partial(exponential_counts, C, imbalance=args.imbalance), np.arange(C)
-        if args.long_tail == "pareto":
-            rule, classes = partial(pareto_counts, C, n_min=args.n_min), np.random.RandomState(args.seed).permutation(C)
+        if args.long_tail == "exponential":
+            rule, classes, least = partial(exponential_counts, C, imbalance=args.imbalance), np.arange(C), 1
+        else:
+            classes = np.random.RandomState(args.seed).permutation(C)
+            rule, least = partial(pareto_counts, C, n_min=args.n_min), args.n_min
         classes = classes[np.argsort(-there[classes], kind="stable")]     # the largest first
-        fit = (n for n in range(max(there), args.n_min, -1) if (rule(n_max=n) <= there[classes]).all())
-        n_max = args.n_max or next(fit, args.n_min)
+        fit = (n for n in range(max(there), least, -1) if (rule(n_max=n) <= there[classes]).all())
+        n_max = args.n_max or next(fit, least)
         print(f"largest class of the long tail: {n_max} images (--n-max; by default as many as fit)")
-        tail = np.empty(C, dtype=int)
-        tail[classes] = rule(n_max=n_max)
-        return tail.tolist(), [[]] * C
+        return given_to(classes, rule(n_max=n_max)), [[]] * C
 
     tail, base = [], [[]] * C
     if args.long_tail:
@@ -315,10 +315,9 @@ def main():
     ordered = order(full, base, args.seed)
     counts = {"full": [len(paths) for paths in ordered]}
     counts |= family_counts(tail, args.lt0) if tail else {"lt": counts["full"]}
-    too_large = [name for name in ALPHAS if name != "lt" and (np.array(counts.get(name, 0)) > counts["full"]).any()]
+    too_large = [name for name, n in counts.items() if name != "lt" and (np.array(n) > counts["full"]).any()]
     if too_large:
-        print(f"left out: {', '.join(f'train_{name}.txt' for name in too_large)}; a class has too few images for them, "
-              "but not with a smaller --n-max")
+        print(f"left out: {', '.join(f'train_{name}.txt' for name in too_large)}; a class has too few images for them")
     counts = {name: n for name, n in counts.items() if name not in too_large}
     splits = {f"train_{name}": take(ordered, n, f"train_{name}") for name, n in counts.items()}
     splits["test"] = test

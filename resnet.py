@@ -33,12 +33,12 @@ class BasicBlock(nn.Module):
         self.stride, self.pad = stride, c_out - c_in
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
         if self.pad:  # option A of He et al.: a shortcut without parameters, subsampled, zeros for the new channels
             x = F.avg_pool2d(x, 1, self.stride)  # equals x[:, :, ::stride, ::stride]; its gradient stays channels_last
             x = F.pad(x, (0, 0, 0, 0, self.pad // 2, self.pad - self.pad // 2))
-        return F.relu(y + x)
+        return F.relu(y + x, inplace=True)
 
 
 class CifarResNet(nn.Module):
@@ -62,7 +62,7 @@ class CifarResNet(nn.Module):
         return nn.Sequential(BasicBlock(c_in, c_out, stride), *(BasicBlock(c_out, c_out, 1) for _ in range(n - 1)))
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
 

@@ -208,13 +208,18 @@ def show(x, column, sign=""):
 
 
 def table(lines, header, rows):
-    """Markdown. Rows of which nothing has been run are left out."""
-    head = f"| {header} |\n" + "|---" * (header.count("|") + 1) + "|\n"
-    text = ""
+    """Markdown. Of a row with numbers, the second column is n. Rows of which nothing has been run are left out."""
+    text, n = "", []
     for name, *cells in rows:
+        samples = [difference(lines, *cell) for cell in cells if not isinstance(cell, str)]
         cells = [cell if isinstance(cell, str) else show(difference(lines, *cell), cell[0]) for cell in cells]
         if set(cells) - {"-"}:
-            text += f"| {' | '.join([name, *cells])} |\n"
+            seeds = sorted({len(x) for x in samples if len(x)})
+            n = [f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])] if seeds else []
+            text += f"| {' | '.join([name, *n, *cells])} |\n"
+    if n:
+        header = header.replace(" |", " | n |", 1)
+    head = f"| {header} |\n" + "|---" * (header.count("|") + 1) + "|\n"
     return head + text if text else "Not run yet.\n"
 
 
@@ -312,7 +317,8 @@ where the paper is right. A claim **holds** where its 95 % interval lies above 0
 below, and is **open** otherwise. The {headline} claims with a p-value are one family: KCL against CE, FCL and LDAM-DRW
 at the paper's epochs, at equal epochs and at equal CPU time. Their verdict is Holm's, at 0.05 for the whole family. The
 other {others} are not corrected: were all their differences 0, about {by_chance:.1f} would leave the list of open ones.
-The family is planned for 20 seeds, the others for 10; a row with fewer is an interim look.
+The family is planned for 20 seeds, the ends of Fig. 2 for 10, all else for 5, of which a seed takes
+2.5 CPU hours; a row with fewer is an interim look.
 
 ### Hold
 

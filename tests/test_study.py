@@ -84,7 +84,7 @@ def test_every_command_parses(tmp_path, digits, monkeypatch):
 def test_the_methods_take_as_many_trials_each():
     for method in study.METHODS:
         assert len(study.trials(method)) == 4
-    assert not set(study.TUNE_SEEDS) & {*study.HEADLINE_SEEDS, *study.SEEDS}
+    assert not set(study.TUNE_SEEDS) & {*study.HEADLINE_SEEDS, *study.ENDS_SEEDS, *study.SEEDS}
 
 
 def test_learning_rate_is_chosen_by_the_mean_over_seeds():
@@ -148,6 +148,9 @@ def test_a_claim_stands_in_the_list_of_its_verdict(lines):
     assert verdicts["k = 6 above k = 4"] == "contradicted"
     page = findings.page(lines)
     assert all(f"findings/{name}.png" in page for name in ("fig2", "fig3", "fig5"))
+    assert "| alpha | n | CE |" in page and "\n| 0.4 | 4 | 5" in page
+    del lines["cl-lt4/rep"][103]
+    assert "\n| 0.4 | 3 to 4 | 5" in findings.page(lines)
     del lines["cl-lt4/rep"]
     assert "fig2.png" not in findings.page(lines) and "fig3.png" in findings.page(lines)
     hold, contradicted, open_ = (page.index(f"### {name}") for name in ("Hold", "Contradicted", "Open"))

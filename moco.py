@@ -119,7 +119,7 @@ class MoCo(nn.Module):
         """Put keys (n, d) and labels (n,), the same on all ranks, over the oldest slots; any n, also more than K."""
         keys, labels = keys[-self.K:], labels[-self.K:]
         slots = (self.ptr + torch.arange(len(keys), device=keys.device)) % self.K
-        self.queue[slots], self.queue_labels[slots] = keys.to(self.queue.dtype), labels
+        self.queue[slots], self.queue_labels[slots] = keys.to(self.queue.dtype), labels.long()
         self.ptr = (self.ptr + len(keys)) % self.K
 
     @torch.no_grad()

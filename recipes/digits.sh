@@ -20,9 +20,12 @@ train() {
     python train_linear.py $run/backbone.pt --protocol rep --features cached --seed $seed $short
     wait $lt
 }
-# side by side, half of the cores each; CE's progress is the second line, what it prints goes to a file
+# side by side, half of the cores each. Two cores serve both runs: a thread that waits leaves its core to the other run
+cores=$(python -c 'import os; print(os.cpu_count())')
+export OMP_NUM_THREADS=$((cores / 2))
+[ $cores -gt 3 ] || export OMP_NUM_THREADS=$cores OMP_WAIT_POLICY=passive
+# CE's progress is the second line, what it prints goes to a file
 mkdir -p $runs
-export OMP_NUM_THREADS=$(python -c 'import os; print(max(1, os.cpu_count() // 2))')
 TQDM_POSITION=1 train ce > $runs/ce.txt & side=$!
 trap 'pkill -P $side || true' EXIT
 train kcl

@@ -80,7 +80,7 @@ def test_the_queue_holds_the_last_keys(K):
     moco = MoCo(tiny, dim=2, K=K)
     keys, labels = moco.queue, [-1] * K
     for step, n in enumerate((3, 3, 3, 1, 11, 4, 7, 2, 30)):
-        new, new_labels = F.normalize(torch.randn(n, 2)), torch.arange(n) + 100 * step
+        new, new_labels = F.normalize(torch.randn(n, 2)), torch.arange(n, dtype=torch.int32) + 100 * step
         moco.enqueue(new, new_labels)
         keys, labels = torch.cat([keys, new])[-K:], (labels + new_labels.tolist())[-K:]
         order = [(moco.ptr + i) % K for i in range(K)]

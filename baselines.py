@@ -8,7 +8,7 @@ train_rep.py asks of this file stands first.
     supcon            supcon_loss: FCL inside the batch        Khosla et al. 2020
     tsc               tsc_loss, uniform_targets, Targets       Li et al. 2022
 
-CE and its samplers, cRT, LWS, NCM, tau-norm and SSP are no losses of their own: train_rep.py --sampler and --init,
+CE's samplers, cRT, LWS, NCM, tau-norm and SSP are no losses of their own: train_rep.py --sampler and --init,
 train_linear.py --classifier, evaluate.py --ncm and --tau-norm.
 
 Add your loss here: its name in LOSSES; in LOGITS if it trains a classifier along, which is model.fc; in VIEWS if it
@@ -302,8 +302,9 @@ class Targets(nn.Module):
 
 def tsc_loss(q, k, queue, labels, queue_labels, targets, num_positives=6, temperature=0.07, weight=0.2):
     """KCL's loss with the class targets among the keys, plus weight * -log softmax of the query's own target: L_TSC of
-    Li et al. 2022, eq. 4, with their lambda = 0.2. Their code divides both terms by k + 2, which makes the target's a
-    seventh of this at k = 6, and restarts optimiser and schedule after the warm-up; this follows the paper.
+    Li et al. 2022, eq. 4, with their lambda = 0.2. Their code divides both terms by k + 2: beside the
+    keys' term the target's is a seventh of this at k = 6. It restarts optimiser and schedule after the warm-up. This
+    follows the paper.
 
     targets (C, d): row c is the target of class c. All others as in kcl_loss; labels must be 0..C-1 here.
     """
@@ -325,6 +326,6 @@ def tsc_of_all_ranks(q, k, queue, labels, queue_labels, targets, pull, steps, nu
     if not pull:
         return fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives, temperature)
     step = next(steps)
-    if step == 1 or step % max(1, len(targets.owned) // 100) == 0:  # every step of the authors: 0.1 s for 1000 classes
+    if step == 1 or step % max(1, len(targets.owned) // 100) == 0:  # the authors: each step, 0.1 s for 1000 classes
         targets.assign()
     return tsc_loss(q, k, queue, labels, queue_labels, targets.of_classes(), num_positives, temperature)

@@ -197,7 +197,7 @@ def augmentation(name, pixels):
     planes = T.Lambda(torch.Tensor.contiguous)  # colours are computed a quarter faster on planes than on pixels
     if name == "sup":  # the paper's for CE, KCL and FCL; scale 0.08 to 1
         return nn.Sequential(RandomResizedCrop(pixels), flip)
-    if name == "lt":
+    if name == "lt":  # usual in long-tailed recognition
         return nn.Sequential(RandomResizedCrop(pixels), flip, planes, T.ColorJitter(0.4, 0.4, 0.4, 0))
     crop = RandomResizedCrop(pixels, (0.2, 1))
     if name == "moco":  # MoCo v1: the paper's for CL

@@ -43,7 +43,7 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
     k             (B, d)  keys of the same images' other view, unit rows; no gradient flows into k and queue
     queue         (K, d)  earlier keys, unit rows, none of this batch; all are in the denominator, whatever their label,
                           empty slots too: pass queue[:filled]
-    labels        (B,)    int class of each query; below 0 = unknown, only its own view is a positive (CL needs none)
+    labels        (B,)    int class of each query; below 0 = unknown, only its own view is a positive (for CL: any)
     queue_labels  (K,)    int class of each queue slot, -1 = empty or unknown: never a positive
     num_positives         k of the paper: 6 = KCL, 0 = CL (InfoNCE, eq. 2), None = all of the class (FCL)
     temperature           T (tau in the paper), a number or a tensor, which may be learned
@@ -84,7 +84,7 @@ def check_shapes(q, k, queue, labels, queue_labels):
         raise ValueError(f"expected q (B, d), k (B, d), queue (K, d), labels (B,), queue_labels (K,); got {found}")
 
 
-# ---- the same at the cost of its two matmuls, q @ queue^T and softmax @ queue: for large B and K
+# ---- the same, on a CPU at the cost of its two matmuls, q @ queue^T and softmax @ queue: for large B and K
 
 def choose_slots(labels, queue_labels, num_positives=6):
     """What choose_positives does, without a (B, K) mask: slots (B, k) int64 and taken (B, k) bool, k = num_positives.
@@ -120,7 +120,7 @@ def class_sums(labels, queue, queue_labels):
 def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.07,
                   fixed_divisor=False, drop_unused=False, first_k=False, reduction="mean", chunk=None):
     """kcl_loss with the same arguments and result, but other draws of the positives. Its memory beyond the inputs is a
-    few (B, chunk) and (B, d) tensors, its time that of two matmuls.
+    few (B, chunk) and (B, d) tensors, its time on a CPU that of two matmuls.
 
     Rows must be unit vectors: |logit| <= 1/T then, and exp stays inside fp32 (exp(1/0.03) = 3e14) with no maximum to
     subtract; longer rows may give inf or nan. One pass over chunks of the queue gives loss and gradient. u = q / T, Z

@@ -22,7 +22,7 @@ What X holds; a class is numbered by its place in the sorted folder names:
 
 What comes to --out, by default X, as far as it is not published:
     train_full.txt       the training images without those of val.txt
-    train_lt.txt         the long tail by --long-tail; without --long-tail the same as train_full.txt
+    train_lt.txt         the long tail; of folder and places365 without --long-tail the same as train_full.txt
     train_lt0 ... 8.txt  alpha = 0, 0.2, 0.4, 0.6, 0.8 (App. B of the paper); train_lt.txt is alpha = 1
     test.txt, val.txt    val.txt: --holdout training images a class where X has none; not for CIFAR and iNaturalist
     overlap_source/, overlap_target/, independent_source/, independent_target/

@@ -67,9 +67,11 @@ def parse_args():
     p.add_argument("--aug", choices=data.AUGMENTATIONS, help="sup, CIFAR cifar, digits affine")
     p.add_argument("--workers", type=int, help="data workers of each rank; digits 0")
     # optimisation
-    p.add_argument("--lr", type=float, nargs="+", help=f"{LR_GRID}; without --val 0.1, after contrastive losses 30")
+    p.add_argument("--lr", type=float, nargs="+", help=f"{LR_GRID}; --val none: 0.1, after contrastive losses "
+                   "30, digits 1")
     p.add_argument("--epochs", type=int, help="10, after contrastive losses 100; CIFAR 30; digits 15")
-    p.add_argument("--schedule", choices=("cosine", "step"), help="cosine; contrastive: step, x0.1 at 60, 80 %%")
+    p.add_argument("--schedule", choices=("cosine", "step"), help="cosine; photos, contrastive: step, x0.1 at 60, "
+                   "80 %%")
     p.add_argument("--weight-decay", type=float, nargs="+", help="5e-4, after contrastive losses 0; CIFAR, digits 0")
     p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
     p.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentations: 0")

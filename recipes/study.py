@@ -1,6 +1,6 @@
 """
-The paper's findings on the embedded digits: trains and evaluates every cell of results/findings.md, and appends a line
-for each classifier to results/study.jsonl. recipes/findings.py makes the page of the lines.
+The paper's findings on the embedded digits: trains and evaluates every cell of results/findings.md but the GPU's, and
+appends a line for each classifier to results/study.jsonl. recipes/findings.py makes the page of the lines.
 
     python recipes/study.py                    # everything, most important first; stopped, it goes on where it was
     python recipes/study.py --only headline    # one block, or one cell
@@ -10,7 +10,7 @@ A cell is a representation (stage 1) with its classifiers (stage 2). A seed draw
 classes, the weights, the order of the images and the positives: all cells of a seed see the same images. A line holds
 its commands, the machine, their CPU seconds on one thread without Python's start, and what evaluate.py found.
 
-Every method's learning rate is chosen on val: four trials on four seeds that nothing else uses. A variant takes its
+Every method's learning rate is chosen on val: four trials on four seeds that no reported run uses. A variant takes its
 method's rate. Stage 2 chooses among its eight rates, and tau-norm among 21 values of tau, on each run's val list.
 """
 import argparse

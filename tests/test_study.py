@@ -172,7 +172,7 @@ def test_rates_stand_below_their_number(tmp_path):
 def test_every_claim_names_cells_of_the_study(lines):
     for _, claim, column, expression in findings.HEADLINE + findings.CLAIMS:
         assert len(findings.difference(lines, column, expression)) == 4, claim
-    for name, of in findings.METHODS.items():
+    for name, of in findings.ROWS.items():
         assert of in lines, name
 
 

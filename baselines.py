@@ -69,7 +69,7 @@ def criterion(args, model, counts, epoch):
     of it."""
     device, t = next(model.parameters()).device, epoch / args.epochs
     if args.loss == "bbn":
-        model.alpha = bbn_alpha(epoch, args.epochs)
+        model.alpha = 1 - t ** 2  # eq. 6, from the whole to the tail; the authors' code has another constant for epochs
         return partial(bbn_loss, alpha=model.alpha)
     if args.loss == "supcon":
         return partial(supcon_of_all_ranks, temperature=args.temperature)
@@ -193,12 +193,6 @@ class BBN(nn.Module):
         return self.fc(2 * torch.cat([f_c, f_r], dim=1))
 
 
-def bbn_alpha(epoch, epochs):
-    """alpha = 1 - (t / T)^2, the parabolic decay of cumulative learning from the whole to the tail: eq. 6, with T all
-    epochs, as in the paper. The authors' code divides by a constant of its own."""
-    return 1 - (epoch / epochs) ** 2
-
-
 def bbn_loss(logits, labels, alpha):
     """alpha CE(logits, y_c) + (1 - alpha) CE(logits, y_r), eq. 5; logits (B, C), labels (2 B,): y_c, then y_r."""
     labels, reversed_labels = labels.chunk(2)
@@ -224,24 +218,14 @@ def supcon_loss(z, labels, temperature=0.07):
         return losses.sum() / (found > 0).sum()
 
 
-class GatherWithGradient(torch.autograd.Function):
-    """ddp.gather for a loss that every rank computes in full, on all embeddings. A rank's backward reaches its own
-    share alone; times world, since DDP takes the mean over ranks: together the whole gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.mine = slice(ddp.rank() * len(x), (ddp.rank() + 1) * len(x))
-        return ddp.gather(x).clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ddp.world() * grad[ctx.mine]
-
-
 def supcon_of_all_ranks(z, labels, temperature):
-    """supcon_loss of z (2 b, d), not normalised, of both views of each rank's b images, and their labels (b,)."""
-    z = GatherWithGradient.apply(F.normalize(z))
-    return supcon_loss(z, ddp.gather(labels.repeat(2)), temperature)
+    """supcon_loss of z (2 b, d), not normalised, of both views of each rank's b images, and their labels (b,). The
+    gradient reaches this rank's share alone; times world, since DDP takes the mean over ranks: together the whole."""
+    z = F.normalize(z)
+    shares = list(ddp.gather(z.detach()).split(len(z)))
+    shares[ddp.rank()] = z
+    loss = supcon_loss(torch.cat(shares), ddp.gather(labels.repeat(2)), temperature)
+    return loss.detach() + ddp.world() * (loss - loss.detach())
 
 
 def uniform_targets(C, d, steps=1000, seed=0):

@@ -22,9 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import ddp
@@ -55,12 +53,11 @@ def group_accuracy(acc, counts):
 
 
 def hits(logits, labels):
-    """Per class, over all ranks: images, top-1 hits, top-5 hits; (3, C) float64. logits (n, C), labels (n,)."""
+    """Per class: images, top-1 hits, top-5 hits; (3, C) float64. logits (n, C), labels (n,)."""
     C = logits.shape[1]
     hit = logits.topk(min(5, C)).indices == labels[:, None]               # (n, 5)
     of_each = torch.stack([torch.ones_like(labels), hit[:, 0], hit.any(1)]).double()             # (3, n)
     counts = torch.zeros(3, C, dtype=torch.float64, device=labels.device).index_add_(1, labels, of_each)
-    dist.all_reduce(counts)
     return counts.cpu()
 
 
@@ -88,11 +85,9 @@ def choose_tau(weight, features, labels):
 
 def class_means(features, labels, C):
     """Nearest class mean (Kang et al. 2020, sec. 4) as a linear head without a bias: the unit means (C, D) of each
-    class' unit features (n, D), over all ranks. The largest logit is the largest cosine."""
+    class' unit features (n, D). The largest logit is the largest cosine."""
     total = torch.zeros(C, features.shape[1], device=features.device)
-    total.index_add_(0, labels, F.normalize(features))
-    dist.all_reduce(total)
-    return F.normalize(total)
+    return F.normalize(total.index_add_(0, labels, F.normalize(features)))
 
 
 # ---- heads and their features
@@ -110,7 +105,7 @@ def load_head(path, root=None, groups=None):
     head |= {"path": path, "backbone": (path.parent / head["backbone"]).resolve(), "data": root or head["data"]}
 
     if groups:
-        head["counts"] = data.class_counts(data.read_list(head["data"], groups)[1]).tolist()
+        head["counts"] = data.read_list(head["data"], groups)[1].bincount().tolist()
         head["counts_of"] = groups
     if len(head["counts"]) != len(head["weight"]):
         sys.exit(f"error: {path} has {len(head['weight'])} classes, {head['counts_of']} {len(head['counts'])}; name "
@@ -118,31 +113,14 @@ def load_head(path, root=None, groups=None):
     return head
 
 
-def joint_ce(head):
-    """Whether it is a CE head that was trained together with its backbone: what tau-norm is for."""
-    return head["protocol"].startswith("joint CE")
-
-
 def images_of(head, name):
     """The images of a list. Exits where its classes are not those of the head, each with an image."""
     dataset = data.ImageList(head["data"], name, head)
-    n, C = data.class_counts(dataset.labels), len(head["weight"])
+    n, C = dataset.labels.bincount(), len(head["weight"])
     if len(n) != C or not n.all():
         sys.exit(f"error: {name} must hold all {C} classes of {head['path']}, and no other; its labels go up to "
                  f"{len(n) - 1}, its smallest class, {n.argmin()}, has {n.min()} images")
     return dataset
-
-
-@torch.no_grad()
-def extract(backbone, dataset, head, device, batch, workers):
-    """Features (n, D) and labels (n,) of this rank's share of the images, each image on exactly one rank."""
-    features, labels = [], []
-    name = f"features of {head['name']} on {dataset.name}"
-    loader = data.eval_loader(dataset, batch, workers)
-    for (view,), y, _ in tqdm(loader, desc=name, disable=ddp.rank() > 0 or None, leave=False):
-        features.append(backbone(data.normalize(view, head["mean"], head["std"], device)))
-        labels.append(y.to(device, non_blocking=True))
-    return torch.cat(features), torch.cat(labels)
 
 
 def evaluate(heads, args, device):
@@ -152,23 +130,28 @@ def evaluate(heads, args, device):
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
     encoded, rows = {}, []
 
-    def encode(dataset):
+    def encode(images):                                                   # (b, 3, H, W) uint8 -> (b, D)
+        return backbone(data.normalize(images, heads[0]["mean"], heads[0]["std"], device))
+
+    def features_of(dataset):                                             # (N, D), and labels (N,)
         if dataset.name not in encoded:
-            encoded[dataset.name] = extract(backbone, dataset, heads[0], device, args.batch, args.workers)
+            D = heads[0]["weight"].shape[1]
+            features = data.encode_all(encode, dataset, D, args.batch, args.workers, device)
+            encoded[dataset.name] = features, dataset.labels.to(device)
         return encoded[dataset.name]
 
     for head in heads:
         W, bias = head["weight"].to(device), head["bias"].to(device)
         classifiers = [("eval.json", head["protocol"], head.get("chosen", ""), W, bias)]
         if "val" in head:
-            tau = choose_tau(W, *encode(head["val"]))
+            tau = choose_tau(W, *features_of(head["val"]))
             classifiers.append(("eval_tau_norm.json", f"tau-norm of {head['protocol']}",
                                 f"tau {tau:g} chosen on {head['val'].name}", tau_normalize(W, tau), 0))
         if args.ncm and head is heads[0]:
-            means = class_means(*encode(images_of(head, head["counts_of"])), len(W))
+            means = class_means(*features_of(images_of(head, head["counts_of"])), len(W))
             classifiers.append(("eval_ncm.json", f"NCM on {head['counts_of']}", "", means, 0))
 
-        features, labels = encode(head["test"])
+        features, labels = features_of(head["test"])
         for file, protocol, chosen, weight, bias in classifiers:
             counts = hits(features @ weight.T + bias, labels)
             rows.append({"run": head["name"], "protocol": protocol, "chosen": chosen,
@@ -248,11 +231,11 @@ def main():
     for head in heads:  # checks all lists before the first long work
         spec = data.DATASETS[head["dataset"]]
         head["test"] = images_of(head, args.list or data.beside(head["data"], head["list"], spec["test"]))
-        if args.tau_norm and joint_ce(head):
+        if args.tau_norm and head["protocol"].startswith("joint CE"):  # trained together with its backbone
             head["val"] = images_of(head, args.val or data.beside(head["data"], head["list"], spec["val"]))
             data.refuse_overlap(head["data"], head["list"], head["val"].name)
         of_backbone.setdefault((head["backbone"], head["dataset"], head["data"]), []).append(head)
-    if args.tau_norm and not any(map(joint_ce, heads)):
+    if args.tau_norm and not any("val" in head for head in heads):
         ddp.print0("--tau-norm is for joint CE heads, the head.pt of train_rep.py --loss ce: there is none")
 
     rows = []

@@ -159,18 +159,6 @@ def linear_heads(M, D, C):
     return heads
 
 
-def encode_all(encode, dataset, D, args, device):
-    """Features (N, D) of all images of a list. Each rank encodes its share and holds all rows: 115,846 x 2048 x 4 B =
-    0.95 GB for ImageNet-LT with a ResNet-50."""
-    features = torch.zeros(len(dataset), D, device=device)
-    images = data.eval_loader(dataset, args.batch, args.workers)
-    name = f"features of {dataset.name}"
-    for (view,), _, index in tqdm(images, desc=name, disable=ddp.rank() > 0 or None, leave=False):
-        features[index.to(device, non_blocking=True)] = encode(view)
-    torch.distributed.all_reduce(features)                                # a row is one rank's, and 0 on the others
-    return features
-
-
 def cached_batches(features, labels, draws):
     """The batches of data.train_loader in an epoch, with features (b, D) in the place of images."""
     index = torch.tensor([i for i, _ in draws], device=features.device)
@@ -200,7 +188,7 @@ def hand_on(args, classifier, chosen, val_top1):
     counts_of = args.list  # its class sizes make many / medium / few
     if args.backbone_list and Path(args.backbone_list).parent == Path(args.list).parent:
         counts_of = args.backbone_list  # what the backbone has seen, if of the same classes
-    counts = data.class_counts(data.read_list(args.data, counts_of)[1], len(classifier.bias))
+    counts = data.read_list(args.data, counts_of)[1].bincount(minlength=len(classifier.bias))
     how = f"{args.protocol}, cached features" if args.features == "cached" else args.protocol
     spec, backbone = data.DATASETS[args.dataset], Path(args.backbone).resolve()
     checkpoint.save({
@@ -244,6 +232,10 @@ def main():
         return backbone(data.normalize(images, spec["mean"], spec["std"], device))
 
     D = encode(torch.zeros(1, 3, spec["pixels"], spec["pixels"])).shape[1]
+
+    def features_of(images):                                              # a list -> (N, D)
+        return data.encode_all(encode, images, D, args.batch, args.workers, device)
+
     torch.manual_seed(args.seed)
     if args.classifier == "lws":
         joint = checkpoint.read_head(Path(args.backbone).with_name("head.pt"))
@@ -261,7 +253,7 @@ def main():
 
     # train
     if cached:
-        cache, cache_labels = encode_all(encode, dataset, D, args, device), dataset.labels.to(device)
+        cache, cache_labels = features_of(dataset), dataset.labels.to(device)
     else:
         loader = data.train_loader(dataset, draws, args.workers, device)
     if ddp.rank() == 0:
@@ -299,7 +291,7 @@ def main():
     # choose
     best, top1, by = 0, [None], "given"
     if val:
-        features, labels = encode_all(encode, val, D, args, device), val.labels.to(device)
+        features, labels = features_of(val), val.labels.to(device)
         top1 = [((head(features).argmax(1) == labels).sum() / len(val)).item() for head in heads]
         best = max(range(len(pairs)), key=lambda i: (top1[i], -pairs[i][0], -pairs[i][1]))
         by = f"chosen on {args.val}"

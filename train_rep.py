@@ -210,7 +210,7 @@ def main():
     views = 2 if args.loss in KCL_FAMILY else baselines.VIEWS.get(args.loss, 1)
     dataset = data.ImageList(args.data, args.list, spec, args.aug, views)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
-    counts = data.class_counts(dataset.labels)                            # (C,)
+    counts = dataset.labels.bincount()                                    # (C,)
     val = data.beside(args.data, args.list, spec["val"])                  # it chooses later, so it is not learned from
     if Path(val).exists() or (Path(args.data) / val).exists():
         data.refuse_overlap(args.data, args.list, val)

@@ -12,7 +12,6 @@ import baselines
 import resnet
 from baselines import uniform_targets
 from kcl import kcl_loss
-from moco import MoCo
 
 COUNTS = torch.tensor([350, 75, 27, 3])
 
@@ -51,15 +50,6 @@ def test_classifier_is_what_the_loss_has_trained(loss):
     if loss == "ldam":  # up to the norm of the features, which is the same for all classes
         ours = ours / encoder(x).norm(dim=1, keepdim=True)
     assert torch.allclose(ours, logits, atol=1e-4) and not weight.requires_grad
-
-
-def test_networks_of_contrastive_losses():
-    encoder = resnet.ARCHS["resnet8s"]
-    assert baselines.network(flags("supcon"), encoder, COUNTS)(torch.randn(2, 3, 32, 32)).shape == (2, 8)
-    moco = baselines.network(flags("tsc"), encoder, COUNTS)
-    assert isinstance(moco, MoCo) and moco.queue.shape == (6, 8) and moco.targets.targets.shape == (4, 8)
-    assert "targets.means" in moco.state_dict()                           # a resumed run has them
-    assert set(baselines.LOSSES) == {*baselines.LOGITS, "supcon", "tsc"}
 
 
 def test_tsc_warms_up_with_kcl_in_the_first_half():

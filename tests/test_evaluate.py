@@ -9,18 +9,9 @@ import pytest
 import torch
 
 import data
-import ddp
 import evaluate
 import resnet
 from evaluate import balancedness, class_means, group_accuracy, hits, scores, tau_normalize
-
-
-@pytest.fixture
-def process_group():
-    ddp.init()
-    yield
-    torch.distributed.destroy_process_group()
-
 
 # ---- metrics
 
@@ -50,7 +41,7 @@ def test_groups_are_means_of_class_accuracies():
     assert group_accuracy([0.5, 0.7], [50, 60]) == {"many": None, "medium": 0.6, "few": None}
 
 
-def test_hits_and_scores_against_literal_loops(process_group):
+def test_hits_and_scores_against_literal_loops():
     g = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(300, 8, generator=g), torch.randint(8, (300,), generator=g)
     labels[:8] = torch.arange(8)
@@ -70,7 +61,7 @@ def test_hits_and_scores_against_literal_loops(process_group):
     assert hits(torch.eye(3), torch.tensor([0, 1, 0])).tolist() == [[2, 1, 0], [1, 1, 0], [2, 1, 0]]  # top-5 of three
 
 
-def test_tau_norm(process_group):
+def test_tau_norm():
     w = torch.randn(6, 10) * torch.arange(1, 7)[:, None]
     assert torch.equal(tau_normalize(w, 0), w)
     assert torch.allclose(tau_normalize(w, 1).norm(dim=1), torch.ones(6))
@@ -79,7 +70,7 @@ def test_tau_norm(process_group):
     assert evaluate.choose_tau(large, torch.tensor([[1.0, 0], [1, 2]]), torch.tensor([0, 1])) == 0.7
 
 
-def test_nearest_class_mean_against_a_literal_loop(process_group):
+def test_nearest_class_mean_against_a_literal_loop():
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(40, 5, generator=g), torch.arange(40) % 3
     means = []
@@ -121,7 +112,7 @@ def heads(digits, tmp_path_factory):
     root = tmp_path_factory.mktemp("heads")
     for name, source, every in (("test.txt", "test.txt", 10), ("val.txt", "val.txt", 5), ("lt.txt", "train_lt0.txt", 8)):
         (root / name).write_text("".join((digits / source).read_text().splitlines(keepends=True)[::every]))
-    counts = data.class_counts(data.read_list(digits, str(root / "lt.txt"))[1]).tolist()
+    counts = data.read_list(digits, str(root / "lt.txt"))[1].bincount().tolist()
     paths = []
     for seed, folder, protocol in ((0, "", "joint CE, instance sampling"), (0, "linear-lt", "lt: linear"), (1, "linear-lt", "lt: linear")):
         torch.manual_seed(seed)
@@ -144,14 +135,14 @@ def written(paths):
 
 def test_heads_together_score_as_each_alone_and_encode_once(script, heads, monkeypatch, capsys):
     """The first backbone encodes test, val and training list once for its two heads; the second two of them."""
-    encoded, extract = [], evaluate.extract
+    encoded, encode_all = [], data.encode_all
 
-    def spy(backbone, dataset, head, *rest):
-        encoded.append((head["name"], Path(dataset.name).stem))
-        return extract(backbone, dataset, head, *rest)
-    monkeypatch.setattr(evaluate, "extract", spy)
+    def spy(encode, dataset, *rest):
+        encoded.append(Path(dataset.name).stem)
+        return encode_all(encode, dataset, *rest)
+    monkeypatch.setattr(data, "encode_all", spy)
     script(evaluate, *heads[::-1], "--tau-norm", "--ncm", "--workers", 0)
-    assert sorted(encoded) == [("kcl-seed0", "lt"), ("kcl-seed0", "test"), ("kcl-seed0", "val"), ("kcl-seed1", "lt"), ("kcl-seed1", "test")]
+    assert sorted(encoded) == ["lt", "lt", "test", "test", "val"]
     table = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| kcl")]
     assert table == ["kcl-seed1"] * 2 + ["kcl-seed0"] * 4 + ["kcl, 2 seeds"] * 2  # as given
     together = written(heads)
@@ -212,8 +203,3 @@ def test_another_list_of_the_same_name_is_noticed(heads, tmp_path):
     torch.save({**head, "list_sha256": "0"}, tmp_path / "head.pt")
     with pytest.raises(SystemExit, match="is another list than the one that was trained on"):
         evaluate.load_head(tmp_path / "head.pt")
-
-
-def test_evaluate_draws_nothing():
-    source = Path(evaluate.__file__).read_text()
-    assert not re.search(r"^\s*(import|from) (matplotlib|tools)", source, re.MULTILINE)

@@ -108,15 +108,6 @@ def test_first_k_takes_the_lowest_slots():
         assert mask[i].nonzero().flatten().tolist() == [j for j in range(300) if queue_y[j] == y[i] >= 0][:6]
 
 
-@BOTH
-def test_k_0_draws_no_random_number(loss):
-    before = torch.get_rng_state()
-    loss(*batch(), 0)
-    assert torch.equal(torch.get_rng_state(), before)
-    loss(*batch(), 6)
-    assert not torch.equal(torch.get_rng_state(), before)
-
-
 # ---- fast_kcl_loss is kcl_loss
 
 @pytest.mark.parametrize("B, K, classes", [(5, 37, 3), (8, 3000, 10), (3, 1, 2), (1, 64, 1)])

@@ -27,20 +27,6 @@ def test_shapes_and_the_shortcut_without_parameters():
     assert torch.equal(block(x), expected)
 
 
-def test_branches():
-    encoder = ARCHS["resnet8"]().eval()
-    encoder.fc = nn.Identity()
-    x = torch.randn(2, 3, 32, 32)
-    before = encoder(x)
-    branches = branch(encoder)
-    assert torch.equal(encoder(x), torch.cat([before, before], dim=1))
-
-    branches.rebalanced.bn2.bias.data += 1
-    both = encoder(x)
-    for branches.use in (0, 1):
-        assert torch.equal(encoder(x), both[:, branches.use * 64:][:, :64])
-
-
 # ---- files
 
 def below(prefix, state):

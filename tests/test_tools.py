@@ -1,4 +1,4 @@
-"""tools/: the export to other programs, the benchmark's yardsticks, and what fast_kcl_loss must not allocate."""
+"""tools/: the export to other programs, and the benchmark's yardsticks."""
 import pickle
 from functools import partial
 
@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 import torchvision
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import kcl
 from resnet import ARCHS, branch
 from tools import bench, export
 
@@ -89,39 +85,3 @@ def test_rounds_in_turn_and_the_median_of_ratios():
     times = bench.in_turn(a, 3, lambda: calls.append("a"), lambda: calls.append("b"))
     assert "".join(calls) == "ab" * 5 and [len(t) for t in times] == [3, 3]
     assert bench.ratio("x", [2.0, 3.0, 8.0], [1.0, 3.0, 2.0], 1.9) == "| x | **2** | 1.9 | 3000 / 2000 ms | 3 |"
-
-
-# ---- the loss for large B and K
-
-class Watch(TorchDispatchMode):
-    """The largest tensor that any operator returns, and the operators that would wait for a GPU."""
-    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount"}
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.waits = 0, []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        name = operator.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(getattr(x, "dtype", None) == torch.bool for x in tree_leaves(args[1:]))
-        self.waits += [name] * (name in self.WAITS or by_mask)
-        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
-        return result
-
-
-@pytest.mark.parametrize("settings", [{}, {"num_positives": 0}, {"num_positives": None}, {"fixed_divisor": True}])
-def test_fast_loss_makes_no_table_of_queries_by_keys_and_does_not_wait(settings):
-    B, K, d, C = 64, 8192, 8, 10
-    q, k, queue = (F.normalize(torch.randn(n, d)) for n in (B, B, K))
-    labels, queue_labels = torch.randint(C, (B,)), torch.randint(-1, C, (K,))
-    seen = {}
-    for loss in (kcl.fast_kcl_loss, kcl.kcl_loss):
-        with Watch() as seen[loss]:
-            loss(q.requires_grad_(), k, queue, labels, queue_labels, **settings).backward()
-    fast, plain = seen[kcl.fast_kcl_loss], seen[kcl.kcl_loss]
-    assert fast.largest <= max(B * 1024, K * d) < B * K <= plain.largest and not fast.waits
-
-    with Watch() as planted:
-        q[q[:, 0] > 0].sum().item()
-    assert planted.waits == ["index", "_local_scalar_dense"]

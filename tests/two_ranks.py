@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 import baselines
 import ddp
-import resnet
 from moco import MoCo
 
 
@@ -34,20 +33,6 @@ def one_queue(rank, images, labels):
     moco.enqueue(keys, key_labels)
     assert moco.ptr == 8 and moco.queue_labels.tolist() == [*labels.tolist(), -1, -1]
     assert torch.equal(moco.queue[:8], keys) and same_on_both(moco.queue)
-
-
-def virtual_ranks(rank, images, labels):
-    """Two ranks of two parts are four virtual ranks, as one process with four parts is; BatchNorm sees one part."""
-    torch.manual_seed(0)
-    two, four = (MoCo(resnet.ARCHS["resnet8"], dim=5, K=8, seed=3, parts=n) for n in (2, 4))
-    four.load_state_dict(two.state_dict())
-    keys, key_labels = two.keys(images[rank::2], labels[rank::2])
-    for j in (0, 1):
-        assert torch.equal(two.own(key_labels, j), labels[rank + 2 * j::4])
-    kept, ddp.rank, ddp.world = (ddp.rank, ddp.world), lambda: 0, lambda: 1
-    expected, expected_labels = four.keys(images, labels)
-    ddp.rank, ddp.world = kept
-    assert torch.allclose(keys, expected, atol=1e-4) and torch.equal(key_labels, expected_labels)
 
 
 def bytes_received(rank):
@@ -102,7 +87,6 @@ def main():
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 2, 2), torch.arange(8).where(torch.arange(8) < 7, -7)
     one_queue(rank, images, labels)
-    virtual_ranks(rank, images.repeat_interleave(8, 2).repeat_interleave(8, 3), labels)
     bytes_received(rank)
     loss_of_all(rank, images)
     targets_of_all(rank)

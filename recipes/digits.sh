@@ -21,7 +21,7 @@ train() {
     wait $lt
 }
 # side by side, half of the cores each. Two cores serve both runs: a thread that waits leaves its core to the other run
-cores=$(python -c 'import os; print(os.cpu_count())')
+cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=$((cores / 2))
 [ $cores -gt 3 ] || export OMP_NUM_THREADS=$cores OMP_WAIT_POLICY=passive
 # CE's progress is the second line, what it prints goes to a file

@@ -69,7 +69,7 @@ def criterion(args, model, counts, epoch):
     of it."""
     device, t = next(model.parameters()).device, epoch / args.epochs
     if args.loss == "bbn":
-        model.alpha = 1 - t ** 2  # eq. 6, from the whole to the tail; the authors' code has another constant for epochs
+        model.alpha = 1 - t ** 2  # eq. 6, from the whole to the tail; the authors divide by another constant
         return partial(bbn_loss, alpha=model.alpha)
     if args.loss == "supcon":
         return partial(supcon_of_all_ranks, temperature=args.temperature)
@@ -286,9 +286,8 @@ class Targets(nn.Module):
 
 def tsc_loss(q, k, queue, labels, queue_labels, targets, num_positives=6, temperature=0.07, weight=0.2):
     """KCL's loss with the class targets among the keys, plus weight * -log softmax of the query's own target: L_TSC of
-    Li et al. 2022, eq. 4, with their lambda = 0.2. Their code divides both terms by k + 2: beside the
-    keys' term the target's is a seventh of this at k = 6. It restarts optimiser and schedule after the warm-up. This
-    follows the paper.
+    Li et al. 2022, eq. 4, with their lambda = 0.2. Their code divides both terms by k + 2: beside the keys' term the
+    target's is a seventh of this at k = 6. It restarts optimiser and schedule after the warm-up. Neither is done here.
 
     targets (C, d): row c is the target of class c. All others as in kcl_loss; labels must be 0..C-1 here.
     """

@@ -211,12 +211,16 @@ def table(lines, header, rows):
     """Markdown. Of a row with numbers, the second column is n. Rows of which nothing has been run are left out."""
     text, n = "", []
     for name, *cells in rows:
-        samples = [difference(lines, *cell) for cell in cells if not isinstance(cell, str)]
-        cells = [cell if isinstance(cell, str) else show(difference(lines, *cell), cell[0]) for cell in cells]
-        if set(cells) - {"-"}:
-            seeds = sorted({len(x) for x in samples if len(x)})
-            n = [f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])] if seeds else []
-            text += f"| {' | '.join([name, *n, *cells])} |\n"
+        texts, seeds = [], set()
+        for cell in cells:
+            if not isinstance(cell, str):
+                x = difference(lines, *cell)
+                seeds |= {len(x)} - {0}
+                cell = show(x, cell[0])
+            texts.append(cell)
+        if set(texts) - {"-"}:
+            n = [" to ".join(map(str, sorted({min(seeds), max(seeds)})))] if seeds else []
+            text += f"| {' | '.join([name, *n, *texts])} |\n"
     if n:
         header = header.replace(" |", " | n |", 1)
     head = f"| {header} |\n" + "|---" * (header.count("|") + 1) + "|\n"

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kcl
 from kcl import choose_positives, choose_slots, fast_kcl_loss, kcl_loss
@@ -136,24 +137,35 @@ def test_fast_loss_has_the_same_value_and_gradient(B, K, classes, num_positives,
 
 
 class LargestResult(TorchDispatchMode):
-    """The most numbers in a tensor that an operation gives back."""
-    most = 0
+    """The most numbers in a tensor that an operation gives back, and the operations that would wait for a GPU."""
+    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount"}
+
+    def __init__(self):
+        super().__init__()
+        self.most, self.waits = 0, []
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **kwargs or {})
+        out, name = f(*args, **kwargs or {}), f.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(getattr(x, "dtype", None) == torch.bool for x in tree_leaves(args[1:]))
+        self.waits += [name] * (name in self.WAITS or by_mask)
         for x in out if isinstance(out, (list, tuple)) else [out]:
             self.most = max(self.most, x.numel() if isinstance(x, torch.Tensor) else 0)
         return out
 
 
-@pytest.mark.parametrize("num_positives", [0, 6, None])
-def test_fast_loss_makes_no_table_of_all_keys(num_positives):
+@pytest.mark.parametrize("settings", [{"num_positives": 0}, {}, {"num_positives": None}, {"fixed_divisor": True}])
+def test_fast_loss_makes_no_table_of_all_keys_and_does_not_wait(settings):
     x, most = batch(B=64, K=4096, d=8, dtype=torch.float32), []
-    for loss in (kcl_loss, partial(fast_kcl_loss, chunk=512)):
+    for loss in (kcl_loss, partial(fast_kcl_loss, chunk=512), fast_kcl_loss):
         with LargestResult() as watch:
-            loss(x[0].requires_grad_(), *x[1:], num_positives).backward()
+            loss(x[0].requires_grad_(), *x[1:], **settings).backward()
         most.append(watch.most)
-    assert most[0] >= 64 * 4096 and most[1] <= max(64 * 512, 4096 * 8)
+        assert not watch.waits or loss is kcl_loss
+    assert most[0] >= 64 * 4096 and most[1] <= max(64 * 512, 4096 * 8) and most[2] <= 64 * 1024
+
+    with LargestResult() as planted:
+        x[0][x[0][:, 0] > 0].sum().item()
+    assert planted.waits == ["index", "_local_scalar_dense"]
 
 
 # ---- what both take

@@ -359,7 +359,8 @@ five (source), or of the other five (target).
 ## Near and far classes (Table 4)
 
 The representation is trained on all images of five classes, the source. On ImageNet the *independent* halves, animals
-and artefacts, are farther apart than the *overlap* halves. Those of the digits, 0-4 and 5-9, are not.
+and artefacts, are farther apart than the *overlap* halves. Those of the digits, 0-4 and 5-9, are not. These runs, and no
+others above, are a GPU's, an H200.
 
 {halves}
 ## How many positives (Fig. 5)
@@ -375,8 +376,8 @@ detector's and the order of the scenes.
 {detection}
 ## On a GPU
 
-The cells ce and kcl once more, by the same commands on one H100 (recipes/study.py itself hides a GPU). Its convolutions
-round to TF32, and it draws other random numbers.
+The cells ce and kcl once more, by the same commands on one H100 (recipes/study.py itself hides a GPU, for Table 4 too).
+Its convolutions round to TF32, and it draws other random numbers.
 
 {gpu}
 ## Learning rates

@@ -225,7 +225,8 @@ def test_defaults_are_those_of_the_data_set_and_the_loss(parsed, tmp_path):
     (("--list", "overlap_source/train_lt.txt"), "overlap_source/train_lt.txt")])
 def test_groups_are_made_by_what_the_backbone_has_seen(script, digits, run, tmp_path, monkeypatch, flags, counts_of):
     """But for a half of the classes, which the backbone's list numbers in another way."""
-    monkeypatch.setattr(data, "encode_all", lambda encode, dataset, D, *rest: torch.zeros(len(dataset), D))
+    monkeypatch.setattr(data, "encode_all", lambda encode, dataset, D, batch, workers, device:
+                        torch.zeros(len(dataset), D, device=device))
     (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
     settings = dict(arch="resnet8s", dataset="digits", data=str(digits), list="train_lt.txt", loss="kcl",
                     list_sha256=data.sha256(digits / "train_lt.txt"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on the embedded digits: KCL and CE on a long tail of imbalance 100, from nothing to the table.
-# Installs into .venv what requirements.txt names, then takes 3.2 to 3.7 minutes on 2 slow CPU cores. Stopped, it goes on
+# Installs into .venv what requirements.txt names, then takes 3.2 to 4 minutes on 2 slow CPU cores. Stopped, it goes on
 # where it was. SEED=1 is another run: other images, another order of the classes. SMOKE=1 trains one epoch, in runs/smoke.
 set -euo pipefail
 cd "$(dirname "$0")/.."

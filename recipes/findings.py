@@ -329,8 +329,8 @@ the difference is above 0, and is **contradicted** where it is below. The other 
 above 0, below 0, or open. They are not corrected for their number: were all their differences 0, about
 {by_chance:.1f} would leave the list of open ones.
 
-Planned are 20 seeds for the family, 10 for the ends of Fig. 2, and 5 for all else, which takes 2.5 CPU hours a seed.
-The plan had 10 there until two rows had 7. A row with fewer is an interim look.
+There are 20 seeds for the family, 10 for the ends of Fig. 2, and 5 for all else, which takes 2.5 CPU hours a seed. The
+plan had 10 there until two rows had 7.
 
 ### Hold
 

@@ -212,16 +212,15 @@ def affine(images, u):
     """Digits: rotation by 15 degrees, shift by a tenth, scale 0.85 to 1.15. A flip or a small crop would change the
     class (2 and 5, 6 and 0). images uint8 (B, 3, H, W), u (B, 4) uniform in [0, 1)."""
     H, W = images.shape[-2:]
-    angle = (2 * u[:, 0] - 1) * math.radians(15)
-    dx = (0.1 * W * (2 * u[:, 1] - 1)).round() * 2 / W                    # whole pixels, in [-1, 1] coordinates
-    dy = (0.1 * H * (2 * u[:, 2] - 1)).round() * 2 / H
-    scale = 0.85 + 0.3 * u[:, 3]
+    angle, scale = (2 * u[:, 0] - 1) * math.radians(15), 0.85 + 0.3 * u[:, 3]
+    dx, dy = (0.1 * W * (2 * u[:, 1] - 1)).round(), (0.1 * H * (2 * u[:, 2] - 1)).round()    # whole pixels
 
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    inverse = torch.stack([cos, sin, -sin, cos], dim=1).view(-1, 2, 2)    # output to input: rotate and scale back
-    shift = -(inverse @ torch.stack([dx, dy], dim=1)[:, :, None])         # (B, 2, 1)
-    theta = torch.cat([inverse, shift], dim=2).float()                    # (B, 2, 3)
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    # where the pixels of the output come from, in [-1, 1] coordinates: shifted, rotated and scaled back
+    x = (2 * (torch.arange(W, device=u.device) - dx[:, None]) + 1) / W - 1                   # (B, W)
+    y = (2 * (torch.arange(H, device=u.device) - dy[:, None]) + 1) / H - 1                   # (B, H)
+    x, y = x[:, None], y[:, :, None]
+    cos, sin = (angle.cos() / scale)[:, None, None], (angle.sin() / scale)[:, None, None]
+    grid = torch.stack([cos * x + sin * y, cos * y - sin * x], dim=3)                        # (B, H, W, 2)
     return F.grid_sample(images.float(), grid, align_corners=False).round_().to(torch.uint8)
 
 

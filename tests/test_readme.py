@@ -40,30 +40,42 @@ def module(path):
     return loaded
 
 
-def test_every_command(copy, digits, script, monkeypatch):
-    """The lines with torchrun as they stand; those with python in this process, which imports torch only once."""
+def shown(program):
+    """(name of the script, command in small) of each line of the README that begins with `program`."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+    for line in re.findall(rf"^{program} [^#\n]*", blocks, re.M):
+        name = re.search(r"(\w+)\.py", line)[1]
+        photos = TINY_PHOTOS.get(name, "") if "imagenet" in line else ""
+        yield name, f"{line.replace('/path/to/', '').replace('=8', '=2')} {TINY.get(name, '')} {photos}"
+
+
+def test_every_python_line(copy, digits, script, monkeypatch):
+    """In this process, which imports torch only once."""
     monkeypatch.chdir(copy)
     (copy / "data").mkdir(exist_ok=True)
     (copy / "data/digits").symlink_to(digits)
-    stand_ins.imagenet(copy / "imagenet")
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).splitlines()
-    commands = [line.split("  #")[0] for line in lines if re.match(r"python \w|torchrun", line)]
-    scripts = ["train_rep", "train_linear", "train_rep", "train_linear", "evaluate", "transfer_det",
-               "train_rep", "train_linear", "evaluate", "export", "plots", "bench"]
-    assert [re.search(r"(\w+)\.py", command)[1] for command in commands] == scripts
-    for command, name in zip(commands, scripts):
-        photos = "imagenet" in command
-        command = command.replace("/path/to/imagenet", "imagenet").replace("=8", "=2")
-        command = f"{command} {TINY.get(name, '')} {TINY_PHOTOS.get(name, '') if photos else ''}"
-        if command.startswith("torchrun"):
-            shell(command, copy)
-        else:
-            _, file, *args = shlex.split(command)
-            args = [path for arg in args for path in (sorted(glob.glob(arg)) if "*" in arg else [arg])]
-            script(module(copy / file), *args)
+    names, commands = zip(*shown("python"))
+    assert names == ("train_rep", "train_linear", "train_rep", "train_linear", "evaluate", "transfer_det",
+                     "export", "plots", "bench")
+    for command in commands:
+        _, file, *args = shlex.split(command)
+        args = [path for arg in args for path in (sorted(glob.glob(arg)) if "*" in arg else [arg])]
+        script(module(copy / file), *args)
     scored = json.loads((copy / "runs/digits-lt-kcl-seed0/linear-lt/eval.json").read_text())
     assert scored["images"] % 1000 == 0 and 0 < scored["balancedness"] <= 1
     assert json.loads((copy / "runs/digits-lt-kcl-seed0/det-digits-fpn-seed0/results.json").read_text())["images"] == 2
+
+
+def test_every_torchrun_line(copy, ranks, monkeypatch):
+    """The first as it stands, with two processes; the others as two forks, which need not import torch again."""
+    monkeypatch.chdir(copy)
+    stand_ins.imagenet(copy / "imagenet")
+    names, commands = zip(*shown("torchrun"))
+    assert names == ("train_rep", "train_linear", "evaluate")
+    shell(commands[0], copy)
+    for name, command in zip(names[1:], commands[1:]):
+        ranks(2, name, *shlex.split(command)[3:])
+    assert 0 < json.loads((copy / "runs/imagenet-lt-kcl/linear-lt/eval.json").read_text())["balancedness"] <= 1
 
 
 def test_code():

@@ -348,9 +348,9 @@ plan had 10 there until two rows had 7.
 different n by it. KCL, FCL, LDAM-DRW, SupCon and TSC ran on the Xeon, CE on the EPYC with another torch, which round
 in other ways; on one GPU KCL minus joint CE is {gpu_joint}, minus cRT {gpu_crt}.
 
-Since these runs the augmentation computes its grid in another order, which moves one pixel of 50,000 by one level.
-Seeds 100 to 104 once more, on the EPYC (their lines taken out of study.jsonl, then `python recipes/study.py --only kcl
-ce`): joint CE +0.1 ± 0.3 against the lines, cRT -0.3 ± 1.3, KCL +0.2 ± 2.1, KCL minus cRT +2.2 ± 2.2.
+Since these runs the augmentation computes its grid in another order, which rounds in other places. Seeds 100 to 104
+once more, on the EPYC (their lines taken out of study.jsonl, then `python recipes/study.py --only kcl ce`): joint CE
++0.1 ± 0.3 against the lines, cRT -0.3 ± 1.3, KCL +0.2 ± 2.1, KCL minus cRT +2.2 ± 2.2.
 
 CE's 280 epochs take the CPU time of KCL's 200: on one core, in turn, a KCL step takes 1.38 of a CE step. CPU seconds
 are those on {machine}, of a method that ran elsewhere those of its trials; they change by a fifth from day to day.

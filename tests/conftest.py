@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock  # comes with torch
 
 import ddp
 import make_lt
@@ -28,12 +27,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """The embedded set, composed once, by one of xdist's workers."""
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits"
-    with FileLock(f"{root}.lock"):
-        if not root.exists():
-            make_lt.make_digits(root)
+    """The embedded set, composed once."""
+    root = tmp_path_factory.mktemp("digits") / "set"
+    make_lt.make_digits(root)
     return root
 
 

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +49,12 @@ DATASETS = {
     "cifar100": CIFAR | dict(root="data/cifar100", mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
     "folder": PHOTOS,  # any folder of class folders
 }
+
+
+def workers_per_rank():
+    """Data workers of a rank: the usable cores shared among this machine's ranks, 16 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 # ---- list files
@@ -242,24 +249,25 @@ AUGMENTATIONS = ("sup", "moco", "mocov2", "lt", *BATCHED)
 # ---- which images, in which order
 
 class Draws(Sampler):
-    """Which images an epoch draws: this rank's (index, augmentation seed) pairs, N // batch global batches of them.
+    """Which images an epoch draws: N // batch global batches of indices, each index with the random numbers of its
+    augmentation.
 
-    p_c, the chance of class c (Kang et al. 2020, sec. 3), t = epoch / epochs:
+    p_c, the chance of class c (Kang et al. 2020, sec. 3), with t = epoch / epochs:
         instance     n_c / N, every image once
         class        1 / C
         sqrt         sqrt(n_c) / sum sqrt(n)
         progressive  (1 - t) n_c / N + t / C
         reversed     (1 / n_c) / sum 1 / n
         bilateral    a batch of `instance`, then one of `reversed`: BBN's two streams (Zhou et al. 2020, sec. 4.2)
-    All but `instance` draw with replacement, uniformly inside the class. Every rank computes the same epoch and takes
-    each world-th draw. The last, short batch is left out: BatchNorm and the ranks see equal ones only.
+    All but `instance` draw with replacement, uniformly inside the class. Every rank computes the same epoch and keeps
+    every world-th draw. The last, short batch is left out, so that BatchNorm and the ranks only see full ones.
     """
 
     def __init__(self, labels, kind, batch, epochs=1, seed=0):
         self.labels, self.kind, self.batch, self.epochs, self.seed = labels, kind, batch, epochs, seed
         self.counts, self.epoch = labels.bincount(), 0
         if len(labels) < batch:
-            sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}; say --batch "
+            sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}; use --batch "
                      f"{2 ** int(math.log2(max(1, len(labels))))} or smaller")
         if batch % ddp.world():
             sys.exit(f"error: --batch {batch} is that of all ranks and must divide by their number, {ddp.world()}")
@@ -272,13 +280,13 @@ class Draws(Sampler):
 
     def class_probabilities(self, kind):
         """p_c of this epoch, (C,) float64."""
-        n, t = self.counts.double(), max(self.epoch, 0) / self.epochs  # below 0 the queue is filled
+        n, t = self.counts.double(), max(self.epoch, 0) / self.epochs     # below 0 the queue is filled
         instance, balanced = n / n.sum(), torch.full_like(n, 1 / len(n))
         return {"class": balanced, "sqrt": n.sqrt() / n.sqrt().sum(), "reversed": 1 / n / (1 / n).sum(),
                 "progressive": (1 - t) * instance + t * balanced}[kind]
 
-    def stream(self, kind):
-        """The epoch's draws of all ranks, (N, 2): index, seed."""
+    def stream(self, kind, numbers):
+        """The epoch's draws of all ranks, (N, 1 + numbers) int64: an index, and random numbers of 32 bits."""
         seed = self.seed + (kind == "reversed")  # the two streams of `bilateral` share no random number
         g = torch.Generator().manual_seed(seed * 1_000_003 + self.epoch)
         N = len(self.labels)
@@ -289,8 +297,7 @@ class Draws(Sampler):
             start = self.counts.cumsum(0) - self.counts
             within = (torch.rand(N, generator=g, dtype=torch.float64) * self.counts[c]).long()
             index = self.labels.argsort(stable=True)[start[c] + within]
-        seed = torch.randint(2**32, (N,), generator=g)  # torch seeds its CPU generator with 32 bits
-        return torch.stack([index, seed], dim=1)
+        return torch.cat([index[:, None], torch.randint(2**32, (N, numbers), generator=g)], dim=1)
 
     @property
     def per_rank(self):
@@ -300,12 +307,19 @@ class Draws(Sampler):
     def __len__(self):
         return len(self.labels) // self.batch * self.per_rank
 
-    def __iter__(self):
+    def of_this_rank(self, numbers):
+        """This rank's part of the epoch, (len(self), 1 + numbers) int64, step after step."""
         kinds = ("instance", "reversed") if self.kind == "bilateral" else (self.kind,)
         steps = len(self.labels) // self.batch
-        mine = [self.stream(kind)[:steps * self.batch].view(steps, self.batch, 2)[:, ddp.rank()::ddp.world()]
-                for kind in kinds]                                        # (steps, b, 2) each
-        return map(tuple, torch.cat(mine, dim=1).flatten(0, 1).tolist())
+        streams = []
+        for kind in kinds:
+            draws = self.stream(kind, numbers)[:steps * self.batch]
+            streams.append(draws.view(steps, self.batch, 1 + numbers)[:, ddp.rank()::ddp.world()])
+        return torch.cat(streams, dim=1).flatten(0, 1)
+
+    def __iter__(self):
+        """(index, augmentation seed) pairs, for ImageList."""
+        return map(tuple, self.of_this_rank(numbers=1).tolist())
 
 
 # ---- batches
@@ -323,13 +337,13 @@ class InMemory:
         return len(self.draws) // self.draws.per_rank
 
     def __iter__(self):
-        index, seeds = torch.tensor(list(self.draws)).T                   # all of the epoch's
-        g, n = torch.Generator(), self.numbers * self.num_views
-        numbers = torch.stack([torch.rand(n, generator=g.manual_seed(seed)) for seed in seeds.tolist()])
-        b = self.draws.per_rank
-        for i, u in zip(index.to(self.device).split(b), numbers.to(self.device).split(b)):
+        n, b = self.numbers * self.num_views, self.draws.per_rank
+        epoch = self.draws.of_this_rank(n).to(self.device)
+        index = epoch[:, 0]
+        uniform = (epoch[:, 1:] >> 8) / 2**24                             # float32 has 24 bits, so [0, 1) stays open
+        for i, u in zip(index.split(b), uniform.split(b)):
             images = self.images[i]
-            with torch.autocast(self.device.type, enabled=False):  # its bf16 would move pixels
+            with torch.autocast(self.device.type, enabled=False):         # its bf16 would move pixels
                 views = [self.augment(images, v) for v in u.split(self.numbers, dim=1)]
             yield views, self.labels[i], i
 

@@ -284,6 +284,6 @@ def test_in_memory_augmentation_depends_on_the_draw_alone(digits, monkeypatch, a
         assert torch.equal(images.labels[whole[2]], whole[1])
 
     function, n = data.BATCHED[aug]
-    i, seed = next(iter(data.Draws(images.labels, "class", 100)))
-    u = torch.rand(1, 2 * n, generator=torch.Generator().manual_seed(seed))
+    i, *bits = data.Draws(images.labels, "class", 100).of_this_rank(2 * n)[0].tolist()
+    u = torch.tensor([[b // 256 / 2**24 for b in bits]])                  # the 24 bits that float32 has
     assert torch.equal(alone[0][0][1][:1], function(images[i][0][0][None], u[:, n:]))

@@ -55,7 +55,8 @@ def wrap(module):
     rank's own, as on the authors' 8 GPUs x 32 images; rank 0's are saved."""
     if world() == 1:
         return module
-    net = torch.nn.parallel.DistributedDataParallel(module)
+    # gradients are views of DDP's buckets, or it would copy each of them twice per step
+    net = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     net.broadcast_buffers = False  # the constructor's argument has another name in each generation of torch
     return net
 

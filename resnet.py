@@ -2,6 +2,7 @@
 Encoders by name, and reading one from a file: ours, torchvision's, or another program's.
 
     encoder = ARCHS["resnet50"](num_classes=128)                  # (B, 3, H, W) -> (B, 128)
+    encoder = with_head(ARCHS["resnet50"], 128, mlp=True)         # the same with MoCo v2's two-layer head
     encoder = load_backbone("moco_v2_800ep.pth.tar", "resnet50")  # (B, 3, H, W) -> features (B, 2048)
 
 Add your own architecture to ARCHS. Its last layer must be `fc`, an nn.Linear.
@@ -72,6 +73,15 @@ ARCHS = {"resnet8": partial(CifarResNet, 8), "resnet20": partial(CifarResNet, 20
          "resnet8s": partial(CifarResNet, 8, stem_stride=2)}              # a fifth of resnet8's time: the digits'
 for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"):
     ARCHS[name] = getattr(torchvision.models, name)
+
+
+def with_head(encoder, num_classes, mlp=False):
+    """An encoder with a head to (B, num_classes): linear, or with mlp MoCo v2's two layers."""
+    network = encoder(num_classes=num_classes)
+    if mlp:
+        D = network.fc.in_features
+        network.fc = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, num_classes))
+    return network
 
 
 class Branches(nn.Module):

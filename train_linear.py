@@ -31,7 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import ddp
-from baselines import LOGITS, LOSSES
+from baselines import CLASSIFICATION, LOSSES
 from resnet import ARCHS, load_backbone
 
 LR_GRID = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
@@ -89,7 +89,7 @@ def parse_args():
     if missing:
         sys.exit(f"error: no log.jsonl of train_rep.py beside {args.backbone}; say {' and '.join(missing)}")
     spec = data.DATASETS[args.dataset]
-    features = "CE" if args.loss in (None, *LOGITS) else "contrastive"
+    features = "CE" if args.loss in (None, *CLASSIFICATION) else "contrastive"
     workers = 0 if spec["kind"] == "digits" else min(8, os.cpu_count())
     p.set_defaults(**DEFAULTS[spec["kind"], features], workers=workers)
     args = p.parse_args()

@@ -1,6 +1,5 @@
 """The losses that KCL is compared with, against literal loops and closed forms; networks and criteria by name."""
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +9,6 @@ import torch.nn.functional as F
 
 import baselines
 import resnet
-from baselines import uniform_targets
-from kcl import kcl_loss
 
 COUNTS = torch.tensor([350, 75, 27, 3])
 
@@ -27,14 +24,13 @@ def flags(loss, **others):
 
 
 @pytest.fixture(autouse=True)
-def seeded(monkeypatch):
+def seeded():
     torch.manual_seed(0)
-    monkeypatch.setattr(baselines, "uniform_targets", partial(uniform_targets, steps=20))  # spread out is enough
 
 
 # ---- what train_rep.py asks for
 
-@pytest.mark.parametrize("loss", baselines.LOGITS)
+@pytest.mark.parametrize("loss", baselines.CLASSIFICATION)
 def test_classifier_is_what_the_loss_has_trained(loss):
     """weight and bias on the backbone's features decide as the network does."""
     model = baselines.network(flags(loss), resnet.ARCHS["resnet8s"], COUNTS).eval()
@@ -50,21 +46,6 @@ def test_classifier_is_what_the_loss_has_trained(loss):
     if loss == "ldam":  # up to the norm of the features, which is the same for all classes
         ours = ours / encoder(x).norm(dim=1, keepdim=True)
     assert torch.allclose(ours, logits, atol=1e-4) and not weight.requires_grad
-
-
-def test_tsc_warms_up_with_kcl_in_the_first_half():
-    model, args = baselines.network(flags("tsc"), resnet.ARCHS["resnet8s"], COUNTS), flags("tsc")
-    q, k, queue, y, queue_y = unit(5, 8), unit(5, 8), unit(6, 8), torch.tensor([0, 1, 2, 3, 1]), torch.arange(6) - 1
-    targets, step = model.targets, (q, k, queue, y, queue_y)
-    targets.means.copy_(targets.targets[[2, 0, 3, 1]])                    # class 0 is nearest to target 2, ...
-    before = targets.means.clone()
-    warm = baselines.criterion(args, model, COUNTS, 4)(*step)
-    assert warm.item() == pytest.approx(kcl_loss(*step, 6, 0.1).item(), rel=1e-5)
-    assert targets.owned.tolist() == [0, 1, 2, 3] and not torch.equal(targets.means, before)  # they follow already
-    pulled = baselines.criterion(args, model, COUNTS, 5)(*step)
-    assert targets.owned.tolist() == [2, 0, 3, 1]
-    expected = baselines.tsc_loss(*step, targets.targets[[2, 0, 3, 1]], 6, 0.1)
-    assert pulled.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 # ---- re-weighting
@@ -146,58 +127,32 @@ def test_bbn_halves_its_batch_and_mixes_as_in_the_paper():
     assert torch.allclose(net(x), net.fc(both), atol=1e-5)                # evaluation is alpha = 1/2
 
 
-# ---- contrastive relatives
+# ---- KCL and FCL inside the batch
 
-def test_supcon_loss():
-    z, y = unit(10, 6), torch.tensor([0, 1, 1, 2, 0, 0, 1, 1, 2, 3])      # class 3 has no second embedding: left out
+@pytest.mark.parametrize("num_positives", [None, 0, 1, 2, 3, 50])
+def test_losses_inside_the_batch(num_positives, monkeypatch):
+    """Eq. 4 of sec. 4, term by term: anchors, positives and denominators of 2N embeddings."""
+    N, T = 7, 0.1
+    y = torch.tensor([0, 1, 1, 2, 0, 0, -1])                              # class 2 has one image, the last is unknown
+    z, labels, drawn = unit(2 * N, 6).double(), y.repeat(2), []
+    choose = baselines.choose_positives
+    monkeypatch.setattr(baselines, "choose_positives", lambda *args: drawn.append(choose(*args)) or drawn[-1])
+    loss = baselines.supcon_loss(z, labels, T, num_positives)
+
     total = 0
-    for i in range(9):
-        positives = [j for j in range(10) if j != i and y[j] == y[i]]
-        denominator = sum(math.exp(z[i] @ z[a] / 0.1) for a in range(10) if a != i)
-        total -= sum(math.log(math.exp(z[i] @ z[p] / 0.1) / denominator) for p in positives) / len(positives)
-    assert baselines.supcon_loss(z, y, 0.1).item() == pytest.approx(total / 9, rel=1e-5)
-    collapsed = torch.ones(10, 1).bfloat16()                              # log(N - 1), in fp32 also under autocast
+    for i in range(2 * N):
+        other_view = (i + N) % (2 * N)
+        others = [j for j in range(2 * N) if j not in (i, other_view) and labels[j] == labels[i] >= 0]
+        chosen = drawn[0][i].nonzero()[:, 0].tolist()
+        assert set(chosen) <= set(others)
+        assert len(chosen) == (len(others) if num_positives is None else min(num_positives, len(others)))
+        denominator = sum(math.exp(z[i] @ z[j] / T) for j in range(2 * N) if j != i)
+        positives = [other_view, *chosen]
+        total -= sum(math.log(math.exp(z[i] @ z[p] / T) / denominator) for p in positives) / len(positives)
+    assert loss.item() == pytest.approx(total / (2 * N), rel=1e-12)
+
+
+def test_losses_inside_the_batch_compute_in_fp32():
+    collapsed, labels = torch.ones(10, 1).bfloat16(), torch.tensor([0, 1, 1, 2, 0]).repeat(2)
     with torch.autocast("cpu", torch.bfloat16):
-        assert baselines.supcon_loss(collapsed, y).item() == pytest.approx(math.log(9), rel=1e-6)
-    assert baselines.supcon_loss(z[:2], torch.tensor([0, 1])).isnan()
-
-
-def test_tsc_loss():
-    q, k, queue, targets = unit(3, 6), unit(3, 6), unit(5, 6), unit(4, 6)
-    y, queue_y, T, lam = torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1, -1, 0]), 0.2, 0.3
-    literal = 0
-    for i in range(3):
-        keys = [k[i], *queue]
-        denominator = sum(math.exp(q[i] @ x / T) for x in [*keys, *targets])
-        log_p = [math.log(math.exp(q[i] @ x / T) / denominator) for x in keys]
-        positives = [0] + [1 + j for j in range(5) if queue_y[j] == y[i]]
-        literal -= sum(log_p[j] for j in positives) / len(positives) / 3
-        literal -= lam * math.log(math.exp(q[i] @ targets[y[i]] / T) / denominator) / 3
-    assert baselines.tsc_loss(q, k, queue, y, queue_y, targets, None, T, lam).item() == pytest.approx(literal, rel=1e-5)
-    one = [torch.ones(n, 1) for n in (3, 3, 5)]                           # all alike: 1.2 log(1 + K + C)
-    collapsed = baselines.tsc_loss(*one, y, queue_y, torch.ones(4, 1), 0)
-    assert collapsed.item() == pytest.approx(1.2 * math.log(1 + 5 + 4), rel=1e-5)
-
-
-@pytest.mark.parametrize("C", [2, 10, 65])
-def test_uniform_targets_are_the_simplex_where_one_fits(C):
-    t = uniform_targets(C, 64)
-    cosines = (t @ t.T)[~torch.eye(C, dtype=torch.bool)]
-    assert torch.allclose(cosines, torch.full_like(cosines, -1 / (C - 1)), atol=1e-4)
-
-
-def test_targets_follow_the_class_means_and_are_assigned_one_to_one():
-    targets = baselines.Targets(4, 8)
-    means = targets.means.clone()
-    q, y = unit(6, 8), torch.tensor([2, 0, 2, 2, 0, 3])
-    targets.follow(q, y)
-    for c in range(4):
-        mine = [q[i] for i in range(6) if y[i] == c]
-        moved = F.normalize(0.9 * means[c] + 0.1 * F.normalize(sum(mine), dim=0), dim=0) if mine else means[c]
-        assert torch.allclose(targets.means[c], moved, atol=1e-6)
-    targets.means.copy_(F.normalize(targets.targets[[2, 0, 3, 1]] + 0.1 * torch.randn(4, 8)))
-    targets.assign()
-    assert targets.owned.tolist() == [2, 0, 3, 1] and torch.equal(targets.of_classes(), targets.targets[[2, 0, 3, 1]])
-    targets.means.copy_(targets.targets[:1].repeat(4, 1))                 # all want one target: each gets its own
-    targets.assign()
-    assert sorted(targets.owned.tolist()) == [0, 1, 2, 3]
+        assert baselines.supcon_loss(collapsed, labels).item() == pytest.approx(math.log(9), rel=1e-6)

@@ -1,5 +1,6 @@
 """Momentum, keys, queue and encoders; two_ranks.py has what only two ranks can show."""
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_a_new_moco_has_equal_encoders_and_a_random_queue_without_labels():
     assert all(map(torch.equal, moco.encoder_q.parameters(), moco.encoder_k.parameters()))
     assert not any(p.requires_grad for p in moco.encoder_k.parameters())
     assert torch.allclose(moco.queue.norm(dim=1), torch.ones(50)) and (moco.queue_labels == -1).all()
-    fc = MoCo(resnet.ARCHS["resnet8s"], dim=16, K=4, mlp=True).encoder_q.fc
+    fc = MoCo(partial(resnet.with_head, resnet.ARCHS["resnet8s"], mlp=True), dim=16, K=4).encoder_q.fc
     assert [tuple(p.shape) for p in fc.parameters()] == [(64, 64), (64,), (16, 64), (16,)]
 
 
@@ -69,7 +70,7 @@ def test_one_rank_with_parts_does_what_so_many_ranks_do(parts):
     assert key_labels.tolist() == [2 * i for i in of_ranks]
     assert torch.allclose(moco.encoder_k[1].running_mean, mean) and moco.encoder_k[1].num_batches_tracked == 1
     for j in range(parts):                                                # part j is images j, j + parts, ...
-        assert torch.equal(moco.own(key_labels, j), labels[j::parts])
+        assert torch.equal(moco.local_keys(key_labels, j), labels[j::parts])
 
 
 # ---- the queue

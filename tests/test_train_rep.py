@@ -1,8 +1,10 @@
 """Stage 1 against literal loops in float64, one rank against four, a killed run against an undisturbed one."""
 import json
 import math
+import re
 import shutil
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -15,8 +17,7 @@ import checkpoint
 import data
 import kcl
 import train_rep
-from moco import with_head
-from resnet import ARCHS
+from resnet import ARCHS, with_head
 
 T, M, LR, DECAY, BATCH, K, DIM, EPOCHS, SEED = 0.2, 0.9, 0.05, 0.02, 8, 20, 16, 2, 3
 SETTINGS = (f"--temperature {T} --m {M} --lr {LR} --weight-decay {DECAY} --batch {BATCH} --queue {K} --dim {DIM} "
@@ -128,14 +129,11 @@ def test_contrastive_steps(variant, small, script, tmp_path, float64):
             q = F.normalize(encoder_q(pixels(view_q)))
             torch.manual_seed((SEED * 1_000_003 + epoch * 3 + i + 1) * 1_009)  # the stream of the step
             same = [[j for j in range(K) if queue_labels[j] == label] for label in labels]
-            if "--drop-unused" in flags:
-                positives = [row.nonzero()[:, 0].tolist() for row in
-                             kcl.choose_positives(labels.to(device), queue_labels.to(device), k_max)]
-            elif "--first-k" in flags or k_max in (0, K):
+            if "--first-k" in flags or k_max in (0, K):
                 positives = [slots[:k_max] for slots in same]
             else:
-                slots, taken = kcl.choose_slots(labels.to(device), queue_labels.to(device), k_max)
-                positives = [s[t].tolist() for s, t in zip(slots, taken)]
+                mask = torch.tensor([[bool(label == y) for y in queue_labels] for label in labels], device=device)
+                positives = [row.nonzero()[:, 0].tolist() for row in kcl.choose_positives(mask, k_max)]
             assert all(len(p) == min(k_max, len(s)) for p, s in zip(positives, same))
             unused = [set(s) - set(p) if "--drop-unused" in flags else () for s, p in zip(same, positives)]
             divisor = (lambda n: k_max + 1) if "--fixed-divisor" in flags else (lambda n: n)
@@ -213,26 +211,19 @@ def test_steps_on_logits(loss, small, script, tmp_path, float64, monkeypatch):
     assert head["protocol"] == f"joint {name}, {'bilateral' if loss == 'bbn' else sampler or 'instance'} sampling"
 
 
-def test_supcon_and_tsc_steps(small, script, tmp_path, float64):
-    script(train_rep, "--loss", "supcon", *SETTINGS, *small, "--out", tmp_path / "supcon")
+@pytest.mark.parametrize("loss, num_positives", [("supcon", None), ("kcl-batch", 6), ("kcl-batch --num-positives 1", 1)])
+def test_steps_inside_the_batch(loss, num_positives, small, script, tmp_path, float64):
+    script(train_rep, "--loss", *loss.split(), *SETTINGS, *small, "--out", tmp_path / "run")
     torch.manual_seed(SEED)
     network = with_head(ARCHS["resnet8s"], DIM)
     sgd = Sgd(network)
     for epoch in range(EPOCHS):
-        for views, labels, _ in batches(small, "instance", 2, epoch):
+        for i, (views, labels, _) in enumerate(batches(small, "instance", 2, epoch)):
             z = F.normalize(network(pixels(torch.cat(views))))
-            sgd.step(baselines.supcon_loss(z, labels.repeat(2), T), LR)
-    found = torch.load(tmp_path / "supcon/ckpt.pt", weights_only=True, map_location="cpu")["model"]
+            torch.manual_seed((SEED * 1_000_003 + epoch * 3 + i + 1) * 1_009)  # the stream of the step
+            sgd.step(baselines.supcon_loss(z, labels.repeat(2), T, num_positives), LR)
+    found = torch.load(tmp_path / "run/ckpt.pt", weights_only=True, map_location="cpu")["model"]
     assert all(torch.allclose(found[name].double(), x.double(), rtol=1e-9) for name, x in network.state_dict().items())
-
-    # TSC is KCL in its first half, and is not in its second
-    of_loss = {}
-    for loss in ("kcl", "tsc"):
-        script(train_rep, "--loss", loss, "--num-positives", 2, *SETTINGS, *small, "--out", tmp_path / loss)
-        of_loss[loss] = [json.loads(line)["loss"] for line in open(tmp_path / loss / "log.jsonl").readlines()[1:]]
-    assert np.allclose(of_loss["kcl"][:3], of_loss["tsc"][:3], rtol=1e-6) and of_loss["kcl"][3] < of_loss["tsc"][3]
-    state = torch.load(tmp_path / "tsc/ckpt.pt", weights_only=True)["model"]
-    assert sorted(state["targets.owned"].tolist()) == list(range(10))
 
 
 @pytest.mark.parametrize("loss", ["kcl", "ce"])
@@ -256,7 +247,7 @@ def without_times(log):
     return [{name: x for name, x in line.items() if name != "images_per_s"} for line in lines]
 
 
-@pytest.mark.parametrize("world, loss", [(1, "kcl"), (2, "kcl"), (1, "tsc"), (1, "bbn"), (1, "ce --sampler progressive")])
+@pytest.mark.parametrize("world, loss", [(1, "kcl"), (2, "kcl"), (2, "kcl-batch"), (1, "bbn"), (1, "ce --sampler progressive")])
 def test_a_stopped_run_goes_on_to_the_bit(world, loss, small, ranks, tmp_path, monkeypatch):
     """Stopped while it writes its second checkpoint; every tensor of the last one, and the log, are the same."""
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
@@ -274,7 +265,7 @@ def test_a_stopped_run_goes_on_to_the_bit(world, loss, small, ranks, tmp_path, m
         ranks(world, "train_rep", *settings, "--out", tmp_path / "stopped")
     assert not (tmp_path / "stopped/backbone.pt").exists()
     said = ranks(world, "train_rep", *settings, "--out", tmp_path / "stopped")
-    assert "going on after epoch 2 of 5" in said
+    assert "resuming after epoch 2 of 5" in said
 
     a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("straight", "stopped"))
     assert a["model"].keys() == b["model"].keys()
@@ -356,6 +347,7 @@ def test_defaults(monkeypatch, tmp_path):
     assert kcl_args.weight_decay == ce.weight_decay == cl.weight_decay == 5e-4
     assert parse("--loss", "bbn", *photos).sampler == "bilateral" and ce.sampler == "instance"
     assert str(ce.out) == f"runs/{tmp_path.name}-ImageNet_LT_train-ce-seed0"
+    assert (kcl_args.workers, parse("--loss", "ce").workers) == (data.workers_per_rank(), 0)
     (tmp_path / "splits.json").write_text('{"dataset": "cifar100"}')
     assert parse("--data", tmp_path).arch == "resnet32"
     assert parse("--loss", "ce", "--lr", 3, *photos[:2]).lr == 3
@@ -363,10 +355,78 @@ def test_defaults(monkeypatch, tmp_path):
     assert [train_rep.learning_rate(1, "step", t) for t in (0.59, 0.6, 0.8)] == pytest.approx([1, 0.1, 0.01])
 
 
+def test_help_shows_the_table_of_defaults(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_rep.py", "-h"])
+    with pytest.raises(SystemExit):
+        train_rep.parse_args()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "65536" in shown
+    for flag in ("arch", "epochs", "batch", "lr", "schedule", "weight_decay", "aug", "queue", "m"):
+        for table in train_rep.DEFAULTS.values():
+            assert flag not in table or str(table[flag]) in train_rep.default_of(flag)
+        assert train_rep.default_of(flag) in shown
+
+
+@pytest.mark.parametrize("world, flags, virtual_gpus, suffix", [
+    *((world, "", 8, "") for world in (1, 2, 4, 8)), (16, "", 16, "-16ranks"), (1, "--loss ce", 8, ""),
+    (2, "--batch 128", 4, ""), (1, "--batch 100", 1, ""), (1, "--batch 16", 1, ""),
+    (1, "--virtual-gpus 1", 1, "-1ranks"), (2, "--loss supcon", 2, "-2ranks"), (1, "--loss kcl-batch", 1, ""),
+    (1, "--loss bbn", 1, ""), (1, "--dataset cifar10", 1, ""), (2, "--dataset digits", 2, "-2ranks")])
+def test_photographs_train_as_on_eight_gpus_with_32_images_each(world, flags, virtual_gpus, suffix, monkeypatch):
+    monkeypatch.setattr(train_rep.ddp, "world", lambda: world)
+    monkeypatch.setattr(sys, "argv", ["train_rep.py", "--data", "x", "--dataset", "imagenet", *flags.split()])
+    args = train_rep.parse_args()
+    assert args.virtual_gpus == virtual_gpus
+    assert str(args.out).endswith(f"-seed0{suffix}")
+
+
+def test_the_settings_line_and_the_loss_reach_a_log_file(small, ranks, script, tmp_path, capsys):
+    """Where there is no terminal tqdm is silent. On two ranks, one speaks."""
+    script(train_rep, "--loss", "kcl", *SETTINGS, *small, "--virtual-gpus", 2, "--log-every", 3, "--out", tmp_path / "one")
+    one = capsys.readouterr().out
+    assert "virtual_gpus=2" in one and "BatchNorm sees 4 images" in one
+    assert f"; on {'cuda' if torch.cuda.is_available() else 'cpu'}" in one
+    for line in [json.loads(line) for line in open(tmp_path / "one/log.jsonl")][1:]:
+        assert f"step {line['step']} of 6: loss {line['loss']:.3f}" in one
+    two = ranks(2, "train_rep", "--loss", "kcl", *SETTINGS, *small, "--log-every", 3, "--out", tmp_path / "two")
+    assert two.count("step 6 of 6: loss") == 1
+
+
+def test_a_loss_of_your_own(small, script, tmp_path, monkeypatch):
+    """The example in baselines.py's first lines, and a loss on queries, keys and queue, which may read KCL's flags."""
+    text = baselines.__doc__
+    name, = re.findall(r'"la": "(.*?)"', text)
+    branch = textwrap.dedent(text[text.index("    if args.loss"):text.index("What `criterion`")])
+    code = "def la(args, counts, device):\n" + textwrap.indent(branch, "    ")
+    names, criterion = {"F": F}, baselines.criterion
+    exec(code, names)
+
+    def with_both(args, model, counts, epoch):
+        if args.loss == "squares":
+            return lambda q, k, queue, y, queue_y: args.num_positives * (q - k).square().sum(1).mean()
+        return names["la"](args, counts, next(model.parameters()).device) or criterion(args, model, counts, epoch)
+
+    monkeypatch.setattr(baselines, "LOSSES", {**baselines.LOSSES, "la": name, "squares": "Squares"})
+    monkeypatch.setattr(baselines, "CLASSIFICATION", (*baselines.CLASSIFICATION, "la"))
+    monkeypatch.setattr(baselines, "QUEUE", ("squares",))
+    monkeypatch.setattr(baselines, "criterion", with_both)
+    losses = {}
+    for flags in ("la", "ce", "squares --num-positives 3 --virtual-gpus 2", "squares --virtual-gpus 2"):
+        out = tmp_path / flags.replace(" ", "")
+        script(train_rep, "--loss", *flags.split(), *SETTINGS, *small, "--out", out)
+        losses[flags] = json.loads(open(out / "log.jsonl").readlines()[1])["loss"]
+    head = torch.load(tmp_path / "la/head.pt", weights_only=True)
+    assert head["protocol"] == "joint Logit adjustment, instance sampling" and losses["la"] != losses["ce"]
+    with_3, with_6 = list(losses.values())[2:]
+    assert with_6 == pytest.approx(2 * with_3, rel=1e-6)
+
+
 MISTAKES = [
-    ("--loss fcl --num-positives 3", "--num-positives goes with --loss kcl and tsc, not fcl"),
-    ("--loss ce --first-k", "--first-k goes with --loss kcl, not ce"),
-    ("--loss focal --drw", "--drw goes with --loss ce and ldam"),
+    ("--loss fcl --num-positives 3", "--num-positives has no effect with --loss fcl"),
+    ("--loss supcon --num-positives 3", "--num-positives has no effect with --loss supcon"),
+    ("--loss kcl-batch --drop-unused", "--drop-unused has no effect with --loss kcl-batch"),
+    ("--loss ce --first-k", "--first-k has no effect with --loss ce"),
+    ("--loss focal --drw", "--drw has no effect with --loss focal"),
     ("--loss ce --virtual-gpus 3", "--virtual-gpus 3 must be a multiple of the 1 ranks and divide --batch 8"),
     ("--loss supcon --virtual-gpus 2", "--loss supcon needs it whole"),
     ("--dataset imagenet", "--dataset imagenet needs --data"),
@@ -388,7 +448,7 @@ def test_mistakes_end_in_one_sentence(flags, sentence, small, digits, script, tm
 
 def test_a_queue_of_many_times_the_list(small, script, tmp_path):
     """Filling it would take hours; a random one is not filled, and SupCon has none."""
-    with pytest.raises(SystemExit, match="error: --queue 400 would hold each of the 31 images many times; say --queue 16"):
+    with pytest.raises(SystemExit, match="error: --queue 400 would hold each of the 31 images many times; use --queue 16"):
         script(train_rep, *SETTINGS, *small, "--queue", 400, "--out", tmp_path / "kcl")
     for flags in (("--loss", "kcl", "--no-fill"), ("--loss", "supcon")):
         script(train_rep, *flags, *SETTINGS, *small, "--queue", 400, "--out", tmp_path / flags[1])

@@ -26,7 +26,7 @@ def one_queue(rank, images, labels):
     for _ in range(20):
         keys, key_labels = moco.keys(mine, labels.chunk(2)[rank])
         assert torch.allclose(keys, expected, atol=1e-6) and torch.equal(key_labels, labels)
-        assert torch.equal(moco.own(key_labels), labels.chunk(2)[rank])
+        assert torch.equal(moco.local_keys(key_labels), labels.chunk(2)[rank])
     foreign = sum(not (x == mine).flatten(1).all(1).any() for x in torch.cat(seen))
     assert 0.3 < foreign / 80 < 0.7, foreign                              # half of what a rank encodes is the other's
 
@@ -57,27 +57,21 @@ def bytes_received(rank):
     assert 0.8 < images / (1 / 2 * b * 3 * 2 * 2) < 1.2
 
 
-def loss_of_all(rank, images):
-    """A loss on the embeddings of both ranks has the value and, after DDP's mean, the gradient of one process."""
+def loss_of_all(rank, images, num_positives):
+    """A loss on the embeddings of both ranks has the value and, after DDP's mean, the gradient of one process, with the
+    same positives drawn."""
     net = small(5)
-    labels, wrapped = torch.arange(4) // 2, ddp.wrap(net)
+    labels, wrapped = torch.tensor([0, 0, 1, 0]), ddp.wrap(net)
     views = images.view(2, 4, 3, 2, 2)                                    # (views, images, ...)
-    mine = views[:, 2 * rank:2 * rank + 2].flatten(0, 1)                  # both views of two images
-    loss = baselines.supcon_of_all_ranks(wrapped(mine), labels[2 * rank:2 * rank + 2], 0.1)
+    share = views[:, 2 * rank:2 * rank + 2].flatten(0, 1)                 # both views of two images
+    torch.manual_seed(1)
+    loss = baselines.supcon_of_all_ranks(wrapped(share), labels[2 * rank:2 * rank + 2], 0.1, num_positives)
     loss.backward()
-    expected = baselines.supcon_loss(F.normalize(net(images)), labels.repeat(2), 0.1)
+    torch.manual_seed(1)
+    expected = baselines.supcon_loss(F.normalize(net(images)), labels.repeat(2), 0.1, num_positives)
     assert torch.allclose(loss, expected, atol=1e-5)
     for p, gradient in zip(net.parameters(), torch.autograd.grad(expected, net.parameters())):
         assert gradient.abs().max() > 1e-3 and torch.allclose(p.grad, gradient, atol=1e-5)
-
-
-def targets_of_all(rank):
-    """TSC: both ranks follow the queries of both, so they agree on means and targets."""
-    targets = baselines.Targets(3, 5)
-    q = F.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(rank)))
-    y, before = torch.arange(4) % 3, targets.means.clone()
-    baselines.tsc_of_all_ranks(q, q.roll(1, 0), q, y, y, targets, True, iter([1]), 0, 0.1)
-    assert same_on_both(targets.targets, targets.means, targets.owned) and not torch.equal(targets.means, before)
 
 
 def main():
@@ -88,6 +82,6 @@ def main():
     images, labels = torch.randn(8, 3, 2, 2), torch.arange(8).where(torch.arange(8) < 7, -7)
     one_queue(rank, images, labels)
     bytes_received(rank)
-    loss_of_all(rank, images)
-    targets_of_all(rank)
+    for num_positives in (None, 2):
+        loss_of_all(rank, images, num_positives)
     ddp.print0("ok")

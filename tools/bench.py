@@ -3,11 +3,11 @@ What a training step costs in time and memory: ratios, which carry over between 
 
     python tools/bench.py                       # all rows as a Markdown table: three minutes on a CPU
     python tools/bench.py --only loss memory    # some of them
-    python tools/bench.py > bench.md            # on a GPU: a table to send back, with samples/s and memory of a step
+    python tools/bench.py > bench.md            # on a GPU: also the samples/s and the memory of a step
 
 A / B: both are timed in turn, A B A B ..., and the row is the median of the n ratios. Time is CPU time of one thread,
-on a GPU that of CUDA events. Memory is the peak of what torch allocates. The rows beside pytorch-metric-learning and
-lightly appear where these are installed.
+on a GPU that of CUDA events. Memory is the peak of what torch allocates. The rows that compare with
+pytorch-metric-learning and lightly appear if these are installed.
 """
 import argparse
 import gc
@@ -20,7 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import ddp
-from kcl import choose_slots, fast_kcl_loss, kcl_loss
-from moco import MoCo
+from kcl import kcl_loss
+from kcl_fast import fast_kcl_loss
+from moco import MoCo, freeze_bn_statistics
 from resnet import ARCHS
 from train_linear import linear_heads
 
@@ -90,7 +90,7 @@ def peak_memory(f, device):
 
 
 def row(what, value, unit="", goal=None, source="", n=1):
-    """A line of the table. A goal that is missed is bold."""
+    """A line of the table. A missed goal is bold."""
     mark = "**" if goal and value > goal else ""
     measured = f"{mark}{value:.3g}{mark} {unit}".strip()
     return f"| {what} | {measured} | {goal or ''} | {source} | {n} |"
@@ -104,7 +104,7 @@ def ratio(what, A, B, goal=None, more=""):
 # ---- the loss
 
 def loss_inputs(a, K, C=1000):
-    """q, k (N, d), queue (K, d), labels (N,), queue_labels (K,): noisy unit vectors round a centre for each class."""
+    """q, k (N, d), queue (K, d), labels (N,), queue_labels (K,): noisy unit vectors around one centre per class."""
     g = torch.Generator().manual_seed(0)
     centres = torch.randn(C, a.d, generator=g)
     labels, queue_labels = (torch.randint(C, (n,), generator=g) for n in (a.N, K))
@@ -118,7 +118,7 @@ def with_gradient(loss, q, *inputs, **settings):
 
 
 def two_matmuls(a):
-    """The floor of the loss: q queue^T, and that, in the place of its softmax, times queue; nothing is allocated."""
+    """The floor of the loss: q queue^T, and this, instead of its softmax, times queue. Nothing is allocated."""
     chunk = 1024 if a.device.type == "cpu" else a.K  # the faster way on each
     q, _, queue, _, _ = loss_inputs(a, a.K)
     logits, out = q.new_empty(a.N, min(chunk, a.K)), torch.empty_like(q)
@@ -142,30 +142,6 @@ def memory_row(a):
         peak = peak_memory(with_gradient(loss, *loss_inputs(a, a.K)), a.device)
         yield row(f"peak memory of {loss.__name__} with its gradient, beyond the inputs", peak, "MiB", goal,
                   f"N x K fp32 = {a.N * a.K / 2**18:.3g} MiB")
-
-
-def choice_row(a):
-    *_, labels, queue_labels = loss_inputs(a, a.K)
-    choice, floor = in_turn(a, 15, partial(choose_slots, labels, queue_labels), two_matmuls(a))
-    yield ratio("choice of the positives / the two matmuls", choice, floor, 0.02)
-
-
-def exact_row(a):
-    """A class has at most 6 keys in the queue here, so that KCL draws nothing and its value is known."""
-    q, k, queue, labels, _ = loss_inputs(a, a.K)
-    inputs = k, queue, labels, torch.arange(a.K, device=a.device) // 6
-
-    def value_and_gradient(loss, q, *inputs):
-        q = q.clone().requires_grad_()
-        value = loss(q, *inputs)
-        return value.item(), torch.autograd.grad(value, q)[0].cpu().double()
-
-    in_float64 = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in (q, *inputs)]
-    (true, true_gradient), (value, gradient) = (
-        value_and_gradient(kcl_loss, *in_float64), value_and_gradient(fast_kcl_loss, q, *inputs))
-    errors = abs(value / true - 1), ((gradient - true_gradient).norm() / true_gradient.norm()).item()
-    yield row("relative error of fast_kcl_loss and of its gradient against float64 on the CPU", max(errors), "", 1e-6,
-              f"{errors[0]:.1e}, {errors[1]:.1e}")
 
 
 def metric_learning(queue, queue_labels, N):
@@ -211,10 +187,10 @@ def others_row(a, K=16384):
 
 # ---- a step
 
-def kcl_step(a, amp=False, compiled=False):
+def kcl_step(a, amp=False, compiled=False, parts=1):
     """A step of train_rep.py from uint8 images on, its calls in its order."""
     autocast = torch.autocast(a.device.type, torch.bfloat16, enabled=amp)
-    moco = MoCo(ARCHS[a.arch], a.d, a.K).to(a.device, memory_format=torch.channels_last)
+    moco = MoCo(ARCHS[a.arch], a.d, a.K, parts=parts).to(a.device, memory_format=torch.channels_last)
     moco.queue_labels.random_(1000)
     if compiled:
         moco.encoder_q.compile()
@@ -228,9 +204,13 @@ def kcl_step(a, amp=False, compiled=False):
         with autocast:
             keys, key_labels = moco.keys(views[1], labels, to_input)
         optimizer.zero_grad()
-        with autocast:
-            z = net(to_input(views[0])).float()
-        fast_kcl_loss(F.normalize(z), moco.own(keys), moco.queue, labels, moco.queue_labels).backward()
+        for j in range(parts):
+            if parts > 1:
+                freeze_bn_statistics(net, j > 0)
+            with autocast:
+                z = net(to_input(views[0][j::parts])).float()
+            k, y = moco.local_keys(keys, j), labels[j::parts]
+            (kcl_loss(F.normalize(z), k, moco.queue, y, moco.queue_labels) / parts).backward()
         optimizer.step()
         moco.enqueue(keys, key_labels)
     return step
@@ -322,18 +302,18 @@ def probe_row(a):
 def gpu_row(a, steps=5):
     if a.device.type == "cpu":
         return
-    for compiled in (False, True):
-        step = kcl_step(a, amp=True, compiled=compiled)
+    for parts, compiled in ((8, False), (8, True), (1, False), (1, True)):    # train_rep.py's default is 8 x 32
+        step = kcl_step(a, amp=True, compiled=compiled, parts=parts)
         times, = in_turn(a, 5, lambda step=step: [step() for _ in range(steps)])
         torch.cuda.reset_peak_memory_stats()
         step()
-        what = f"KCL step, {a.arch}, {a.images} x {a.pixels} px, bf16{', compiled' * compiled}"
+        what = f"KCL step, {a.arch}, {parts} x {a.images // parts} x {a.pixels} px, bf16{', compiled' * compiled}"
         yield row(what, steps * a.images / statistics.median(times), "samples/s", n=len(times))
         yield row("its peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
 
 
-ROWS = {"loss": loss_row, "memory": memory_row, "choice": choice_row, "exact": exact_row, "others": others_row,
-        "momentum": momentum_row, "step": step_row, "input": input_row, "probe": probe_row, "gpu": gpu_row}
+ROWS = {"loss": loss_row, "memory": memory_row, "others": others_row, "momentum": momentum_row, "step": step_row,
+        "input": input_row, "probe": probe_row, "gpu": gpu_row}
 
 
 def hardware(device):

@@ -1,5 +1,18 @@
 """
 The process group: `python x.py` is a group of one process, `torchrun --nproc_per_node=N x.py` one of N ranks.
+
+What one process does differently from eight, in train_rep.py with a batch of 256 photographs. Digits and CIFAR do not
+take their batch in parts: on one process BatchNorm sees the whole of it, on eight an eighth.
+
+                one process                                 eight processes
+    data        all draws of an epoch                       every eighth draw of the same epoch
+    seeds       per step and part: seed, step, part         per step and rank: the same numbers
+    BatchNorm   8 parts of 32 images, one after another     32 images per rank
+    statistics  running ones are those of the first part    of rank 0, whose images are the same
+    shuffle     of the keys' images over the 8 parts        over the ranks, which exchange uint8 images
+    gather      returns what it is given                    the keys and labels of all ranks, in rank order
+    gradients   the parts add up; there is no DDP           DDP averages the ranks'
+    run name    none of the two says how many               (digits, CIFAR: -8ranks, since it is another training)
 """
 import atexit
 import ctypes
@@ -13,7 +26,7 @@ atexit.register(gc.freeze)  # Python's last look at every object of torch would 
 
 
 def init():
-    """Start the process group. Returns this rank's device: a GPU of its own, or the CPU where there are too few."""
+    """Start the process group. Returns this rank's device: a GPU of its own, or the CPU if there are too few."""
     cuda = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
@@ -30,7 +43,7 @@ def init():
     if cuda:
         return torch.device("cuda", torch.cuda.current_device())
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc keeps freed memory (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD); zeroing it anew takes a fifth of a small step
+        # glibc keeps freed memory (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD): zeroing new pages takes a fifth of a small step
         libc.mallopt(-1, 2**31 - 1)
         libc.mallopt(-3, 2**31 - 1)
     return torch.device("cpu")
@@ -78,7 +91,7 @@ def exchange(x, owner, place):
     x (b, ...); owner, place (world, n) int64 on the CPU, the same on all ranks. Returns (n, ...).
     """
     me, W = rank(), world()
-    wanted = torch.cat([place[r][owner[r] == me] for r in range(W)])      # my rows, by the rank that wants them
+    wanted = torch.cat([place[r][owner[r] == me] for r in range(W)])      # this rank's rows, by who wants them
     sent = x[wanted.to(x.device, non_blocking=True)]
     if W == 1:
         return sent

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import ddp
-from sources import EMBEDDED, split_digits
+from sources import FIRST_SCENE, SIDE, digit_images, scene
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
@@ -27,50 +27,9 @@ LAYOUTS = {
     "voc": "VOCdevkit with VOC2007/ and VOC2012/, each with JPEGImages/, Annotations/ and ImageSets/Main/",
     "coco": "annotations/instances_{train,val}2017.json, train2017/ and val2017/",
 }
-FIRST_SCENE = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # two splits share no background
-SIDE = 128  # pixels of a scene
 
 
 # ---- scenes of digits
-
-def digit_images(split):
-    """(images uint8 (n, 28, 28), labels (n,)) of the digits that make_lt.py's default seed gives to a split. A
-    backbone from data/digits saw no digit of a test scene."""
-    embedded = np.load(EMBEDDED)
-    rng = np.random.RandomState(0)
-    rng.permutation(10)  # make_lt.py draws the order of the classes first
-    chosen = split_digits(embedded["labels"], rng)[split]
-    return embedded["images"][chosen], embedded["labels"][chosen]
-
-
-def scene(digits, labels, index):
-    """1 to 5 digits of 24 to 48 px that do not touch, on a smooth background with noise. `index` seeds the scene.
-
-    Returns uint8 (3, SIDE, SIDE) and [(class, mask bool (SIDE, SIDE))].
-    """
-    rng = np.random.RandomState(index)
-    coarse = Image.fromarray(rng.uniform(0, 0.5, (4, 4)).astype(np.float32))
-    canvas = np.array(coarse.resize((SIDE, SIDE), Image.BICUBIC))
-    taken, objects = np.zeros((SIDE, SIDE), bool), []
-
-    for _ in range(rng.randint(1, 6)):
-        i, size, brightness = rng.randint(len(digits)), rng.randint(24, 49), rng.uniform(0.6, 1)
-        ink = np.array(Image.fromarray(digits[i]).resize((size, size), Image.BILINEAR)) / np.float32(255)
-        for _ in range(20):  # tries; a digit that finds no place is left out
-            y, x = rng.randint(0, SIDE - size + 1, 2)
-            here = np.s_[y:y + size, x:x + size]
-            if not (taken[here] & (ink > 0)).any():
-                canvas[here] += ink * (brightness - canvas[here])
-                taken[here] |= ink > 0
-                mask = np.zeros_like(taken)
-                mask[here] = ink > 0.25
-                objects.append((int(labels[i]), mask))
-                break
-
-    canvas += 0.1 * rng.standard_normal(canvas.shape)
-    pixels = torch.from_numpy((canvas.clip(0, 1) * 255).round().astype(np.uint8))
-    return pixels.repeat(3, 1, 1), objects
-
 
 def digits_dictionary(split, n):
     """n scenes of a split; images hold their pixels."""
@@ -78,6 +37,7 @@ def digits_dictionary(split, n):
     images, annotations = [], []
     for index in range(FIRST_SCENE[split], FIRST_SCENE[split] + n):
         pixels, objects = scene(digits, labels, index)
+        pixels = torch.from_numpy(pixels).repeat(3, 1, 1)                 # grey as RGB
         images.append({"id": index, "width": SIDE, "height": SIDE, "pixels": pixels})
         for c, mask in objects:
             ys, xs = (np.flatnonzero(mask.any(axis)).tolist() for axis in (1, 0))

@@ -192,3 +192,53 @@ def class_folders(root, dataset, full_list, holdout, seed):
     test = found["test"] if "test" in found else found.pop("val")
     val = found["val"] if "val" in found else hold_out(full, holdout, seed)
     return names, full, val, test
+
+
+# ---- scenes of digits, for transfer_det.py
+
+SIDE = 128  # pixels
+FIRST_SCENE = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # indices are seeds: no two splits share a background
+
+
+def digit_images(split):
+    """Images uint8 (n, 28, 28) and labels (n,) of the digits that make_lt.py gives to a split with its default seed. A
+    backbone that was trained on data/digits has seen no digit of a test scene."""
+    embedded = np.load(EMBEDDED)
+    rng = np.random.RandomState(0)
+    rng.permutation(10)  # make_lt.py draws the order of the classes first
+    chosen = split_digits(embedded["labels"], rng)[split]
+    return embedded["images"][chosen], embedded["labels"][chosen]
+
+
+def scene(digits, labels, index):
+    """1 to 5 digits of 24 to 48 px that do not touch, on a smooth background with noise. The seed is `index`.
+
+    Returns pixels uint8 (SIDE, SIDE) and a list of (class, mask bool (SIDE, SIDE)).
+    """
+    rng = np.random.RandomState(index)
+    coarse = Image.fromarray(rng.uniform(0, 0.5, (4, 4)).astype(np.float32))
+    canvas = np.array(coarse.resize((SIDE, SIDE), Image.BICUBIC))
+    occupied = np.zeros((SIDE, SIDE), bool)
+    objects = []
+
+    for _ in range(rng.randint(1, 6)):
+        i = rng.randint(len(digits))
+        size = rng.randint(24, 49)
+        brightness = rng.uniform(0.6, 1)
+        digit = Image.fromarray(digits[i]).resize((size, size), Image.BILINEAR)
+        ink = np.array(digit) / np.float32(255)                           # (size, size), 0 to 1
+
+        for _ in range(20):  # a digit that finds no free place in 20 tries is left out
+            y, x = rng.randint(0, SIDE - size + 1, 2)
+            place = np.s_[y:y + size, x:x + size]
+            if (occupied[place] & (ink > 0)).any():
+                continue
+            canvas[place] += ink * (brightness - canvas[place])
+            occupied[place] |= ink > 0
+            mask = np.zeros((SIDE, SIDE), bool)
+            mask[place] = ink > 0.25
+            objects.append((int(labels[i]), mask))
+            break
+
+    canvas += 0.1 * rng.standard_normal(canvas.shape)
+    return (canvas.clip(0, 1) * 255).round().astype(np.uint8), objects

@@ -17,7 +17,7 @@ import resnet
 import transfer_det
 from det_data import Scenes, complete, mirror, to_mask, to_rle
 from recipes import stand_ins
-from sources import PER_CLASS
+from sources import PER_CLASS, digit_images
 from transfer_det import coco_ap, voc_ap
 
 TINY = dict(proposals=((60, 20), (60, 10)), rois=16, channels=8, fc=16, mask=(8,))
@@ -248,8 +248,8 @@ def test_learning_rate():
 # ---- data
 
 def test_scenes_share_no_digit_with_other_splits_or_the_backbones(tmp_path, monkeypatch):
-    images = {split: {d.tobytes() for d in det_data.digit_images(split)[0]} for split in PER_CLASS}
-    train = det_data.digit_images("train")[0]
+    images = {split: {d.tobytes() for d in digit_images(split)[0]} for split in PER_CLASS}
+    train = digit_images("train")[0]
     assert [len(x) for x in images.values()] == [3500, 500, 1000] and len(set.union(*images.values())) == 5000
 
     def record(digits, i, rng):  # the first of a split that make_lt.py composes data/digits of

@@ -7,8 +7,10 @@ What a detector learns from: VOC, COCO and scenes of embedded digits, as diction
 
 with boxes in pixels from 0. Scenes makes images and targets of them, train_loader the batches.
 """
+import contextlib
 import itertools
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -233,3 +235,110 @@ def to_device(items, device):
     images = [pixels.to(device, non_blocking=True).float().div_(255) for pixels, _ in items]
     targets = [{name: x.to(device, non_blocking=True) for name, x in target.items()} for _, target in items]
     return images, targets
+
+
+# ---- average precision
+
+def voc_matches(objects, detections):
+    """The object of its image that each detection overlaps most: IoU (n,) and index into objects (n,)."""
+    in_image = {}
+    for j, a in enumerate(objects):
+        in_image.setdefault(a["image_id"], []).append(j)
+
+    overlap, best = np.zeros(len(detections)), np.zeros(len(detections), int)
+    for i, d in enumerate(detections):
+        if here := in_image.get(d["image_id"]):
+            start, size = np.split(np.array([objects[j]["bbox"] for j in here], float), 2, axis=1)
+            x, side = np.split(np.array(d["bbox"], float), 2)
+            shared = (np.minimum(start + size, x + side) - np.maximum(start, x)).clip(0).prod(1)
+            iou = shared / np.maximum(size.prod(1) + side.prod() - shared, 1e-9)
+            overlap[i], best[i] = iou.max(), here[iou.argmax()]
+    return overlap, best
+
+
+def voc_average(overlap, best, difficult, threshold):
+    """11-point average precision at an IoU, from matches by falling score. difficult: bool, of each object."""
+    hit = overlap >= threshold
+    ignored = hit & difficult[best]
+    counted = np.flatnonzero(hit & ~ignored)
+    _, first = np.unique(best[counted], return_index=True)
+    true = np.zeros(len(overlap), bool)
+    true[counted[first]] = True  # a second detection of an object is false
+    true = true[~ignored]
+
+    recall = true.cumsum() / (~difficult).sum()
+    precision = true.cumsum() / np.arange(1, len(true) + 1)
+    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0)  # the best at this recall or more
+    return np.mean([envelope[np.searchsorted(recall, t / 10)] for t in range(11)])
+
+
+def voc_ap(dataset, detections):
+    """PASCAL VOC 2007's average precision in percent, the mean over classes: {"AP50", "AP", "AP75"}, at IoU 0.5, as the
+    mean over the IoUs 0.50, 0.55 ... 0.95, and at 0.75.
+
+    dataset: {"categories", "annotations": [{"image_id", "category_id", "bbox" [x, y, w, h], "difficult"}]}
+    detections: [{"image_id", "category_id", "bbox" [x, y, w, h], "score"}]
+
+    The devkit's rule (VOCevaldet.m): by falling score, a detection goes to the object of its class and image that it
+    overlaps most. With IoU >= the threshold it is true, or false where an earlier detection has the object, or ignored
+    where the object is difficult. Otherwise it is false. Difficult objects are not counted, and a class without other
+    objects is left out. Boxes begin at 0, so no +1.
+    """
+    categories = [c["id"] for c in dataset["categories"]]
+    if unknown := {d["category_id"] for d in detections}.difference(categories):
+        sys.exit(f"error: detections of the unknown categories {unknown}; the label map is wrong")
+
+    aps = []
+    for category in categories:
+        objects = [a for a in dataset["annotations"] if a["category_id"] == category]
+        difficult = np.array([a.get("difficult", 0) for a in objects], bool)
+        if difficult.all():
+            continue
+        found = sorted((d for d in detections if d["category_id"] == category), key=lambda d: -d["score"])
+        matches = voc_matches(objects, found)
+        aps.append([100 * voc_average(*matches, difficult, percent / 100) for percent in range(50, 100, 5)])
+    at_iou = np.mean(aps, 0).tolist()
+    return {"AP50": at_iou[0], "AP": float(np.mean(at_iou)), "AP75": at_iou[5]}
+
+
+def coco_ap(dataset, detections, kind):
+    """COCO's {"AP", "AP50", "AP75"} in percent, by pycocotools. kind: `bbox` or `segm`."""
+    coco_mask()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    if not detections:  # pycocotools fails
+        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    detections = [dict(d) for d in detections]  # pycocotools writes into them
+    if kind == "segm":
+        for d in detections:
+            del d["bbox"]  # pycocotools would take the area from it
+    truth = COCO()
+    truth.dataset = {**dataset, "annotations": [dict(a) for a in dataset["annotations"]]}
+    with contextlib.redirect_stdout(None):
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(detections), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(("AP", "AP50", "AP75"), (100 * evaluation.stats).tolist()))
+
+
+def print_table(rows):
+    """Markdown: a line a run, then the mean of what was run with several seeds. rows: as results.json has them."""
+    columns = [(kind, name) for kind in ("box", "mask") for name in rows[0].get(kind, ())]
+    width = max(len(row["run"]) for row in rows)
+
+    def line(name, cells):
+        print(f"| {name:<{width}} | " + " | ".join(f"{x:>13}" for x in cells) + " |")
+
+    line("in percent", [f"{kind} {name}" for kind, name in columns])
+    print("|---" * (len(columns) + 1) + "|")
+    seeds = {}
+    for row in rows:
+        values = [row[kind][name] for kind, name in columns]
+        line(row["run"], [f"{x:.1f}" for x in values])
+        seeds.setdefault(re.sub(r"-seed\d+", "", row["run"]), []).append(values)
+    for name, group in seeds.items():
+        if len(group) > 1:
+            cells = [f"{x:.1f} +- {std:.1f}" for x, std in zip(np.mean(group, 0), np.std(group, 0, ddof=1))]
+            line(f"{name}, {len(group)} seeds", cells)

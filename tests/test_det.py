@@ -15,10 +15,9 @@ import det_data
 import make_lt
 import resnet
 import transfer_det
-from det_data import Scenes, complete, mirror, to_mask, to_rle
+from det_data import Scenes, coco_ap, complete, mirror, to_mask, to_rle, voc_ap
 from recipes import stand_ins
 from sources import PER_CLASS, digit_images
-from transfer_det import coco_ap, voc_ap
 
 TINY = dict(proposals=((60, 20), (60, 10)), rois=16, channels=8, fc=16, mask=(8,))
 

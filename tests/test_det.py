@@ -22,10 +22,11 @@ from sources import PER_CLASS, digit_images
 TINY = dict(proposals=((60, 20), (60, 10)), rois=16, channels=8, fc=16, mask=(8,))
 
 
-def tiny_detector(arch, masks=True, encoder=None, classes=3, bf16=False):
+def tiny_detector(arch, masks=True, encoder=None, classes=3, amp=False):
     torch.manual_seed(0)
     encoder = encoder or resnet.ARCHS["resnet8"]()
-    return transfer_det.build_detector(encoder, arch, classes, masks, TINY, [64], 64, (0.2,) * 3, (0.3,) * 3, bf16)
+    spec = dict(masks=masks, scales=[64], max_size=64, mean=(0.2,) * 3, std=(0.3,) * 3)
+    return transfer_det.build_detector(encoder, arch, classes, TINY, spec, amp)
 
 
 def tiny_batch(masks=True, boxes=([[5.0, 6, 30, 40], [20, 20, 50, 60]], [[10.0, 10, 40, 50]])):
@@ -211,13 +212,13 @@ def test_c4_runs_its_last_stage_once_a_step():
 def test_anchors_of_resnet50_are_the_papers():
     for arch, sizes in (("c4", [[32, 64, 128, 256, 512]]), ("fpn", [[32], [64], [128], [256], [512]])):
         heads = {**transfer_det.HEADS[arch], "channels": 8, "fc": 8}
-        detector = transfer_det.build_detector(resnet.ARCHS["resnet50"](), arch, 20, False, heads, [480, 800], 1333,
-                                               (0,) * 3, (1,) * 3)
+        encoder, spec = resnet.ARCHS["resnet50"](), transfer_det.SPECS["voc"]
+        detector = transfer_det.build_detector(encoder, arch, 20, heads, spec)
         assert [list(s) for s in detector.rpn.anchor_generator.sizes] == sizes
 
 
-def test_bf16_box_head_hands_on_fp32():
-    detector, seen = tiny_detector("fpn", bf16=True), []
+def test_amp_computes_in_bf16_and_returns_fp32():
+    detector, seen = tiny_detector("fpn", amp=True), []
     detector.backbone[0].layer1.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     detector.roi_heads.box_head.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     losses, exact = detector(*tiny_batch()), tiny_detector("fpn")(*tiny_batch())
@@ -367,8 +368,9 @@ def test_voc_xml_becomes_a_dictionary(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """The protocols with images and heads for a test."""
-    for name, spec in transfer_det.SETTINGS.items():
-        monkeypatch.setitem(transfer_det.SETTINGS, name, {**spec, "scales": [48, 64], "max_size": 64, "workers": 0})
+    for name, spec in transfer_det.SPECS.items():
+        monkeypatch.setitem(transfer_det.SPECS, name, {**spec, "scales": [48, 64], "max_size": 64})
+        monkeypatch.setitem(transfer_det.DEFAULTS, name, {**transfer_det.DEFAULTS[name], "workers": 0})
         monkeypatch.setitem(transfer_det.HEADS, {"voc": "c4", "coco": "fpn"}.get(name, name), TINY)
 
 
@@ -411,7 +413,7 @@ def test_runs_end_to_end(script, small, tmp_path, capsys, monkeypatch, dataset, 
     script(transfer_det, "--table", out / "results.json", out / "results.json")
     printed = capsys.readouterr().out
     assert " | ".join(f"{kind} {c}".rjust(13) for kind in columns for c in columns[kind]) in printed
-    assert "/out, 2 seeds" in printed
+    assert "/out, 2 seeds" in printed and "iteration 5 of 5: loss " in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="RoIAlign's gradient adds up in any order")
@@ -450,7 +452,7 @@ def test_two_ranks_find_what_one_finds(ranks, small, tmp_path, monkeypatch):
     ranks(2, "transfer_det", *TINY_RUN, "--pretrained", "none", "--out", tmp_path / "out")
     together = json.loads((tmp_path / "out/detections.json").read_text())
     detector = tiny_detector("fpn", classes=10, encoder=resnet.ARCHS["resnet8s"]())
-    spec = transfer_det.SETTINGS["digits"]
+    spec = transfer_det.SPECS["digits"]
     detector.transform.image_mean, detector.transform.image_std = spec["mean"], spec["std"]
     detector.load_state_dict(torch.load(tmp_path / "out/detector.pt", weights_only=True))
     alone = transfer_det.predict(detector, Scenes(det_data.digits_dictionary("test", 3), masks=False), "cpu")
@@ -467,10 +469,11 @@ def test_the_protocol(monkeypatch, tmp_path):
                                     ("voc", ["--batch", "8"], (24_000, 100, 0.01, [18_000, 22_000], 480))):
         argv = ["transfer_det.py", "--pretrained", "none", "--data", "x", "--dataset", dataset, *more]
         monkeypatch.setattr("sys.argv", argv)
-        a = transfer_det.parse_args()
-        drops = [round(drop * a.iterations) for drop in a.drops]
-        assert (a.iterations, a.warmup, a.lr, drops, a.scales[0]) == expected
-        assert (a.arch, a.encoder, a.precise_bn, a.weight_decay, a.scales[-1]) == ("c4", "resnet50", 200, 1e-4, 800)
+        a, spec = transfer_det.parse_args(), transfer_det.SPECS[dataset]
+        drops = [round(drop * a.iterations) for drop in spec["drops"]]
+        assert (a.iterations, a.warmup, a.lr, drops, spec["scales"][0]) == expected
+        assert (a.arch, a.encoder, a.precise_bn, a.weight_decay, spec["scales"][-1]) == ("c4", "resnet50", 200, 1e-4, 800)
+        assert a.workers == data.workers_per_rank() and not set(spec) & set(vars(a))
     file = backbone(tmp_path)
     (tmp_path / "log.jsonl").write_text(json.dumps({"settings": {"arch": "resnet8"}}) + "\n")
     monkeypatch.setattr("sys.argv", ["transfer_det.py", "--pretrained", str(file), "--data", "x", "--dataset", "voc"])
@@ -494,7 +497,7 @@ def test_missing_parts_of_the_layouts(tmp_path):
     good = json.loads(file.read_text())
     good["categories"][0]["name"] = "other"
     file.write_text(json.dumps(good))
-    assert "training and test set have other categories; the label map is wrong" in sentence("coco", coco)
+    assert "training and test set have different categories; the label map is wrong" in sentence("coco", coco)
     file.unlink()
     assert "instances_train2017.json is missing; --data expects annotations/" in sentence("coco", coco)
 
@@ -504,7 +507,7 @@ def test_missing_parts_of_the_layouts(tmp_path):
     assert "image 4 has an annotation of the unknown category wolf; the label map is wrong" in sentence("voc", voc)
     xml.write_text(text.replace(">64</w", ">63</w"))
     train, _ = det_data.read_datasets("voc", voc)
-    with pytest.raises(ValueError, match="trainval_1.jpg is .64, 48., its annotation says 63 x 48"):
+    with pytest.raises(ValueError, match="trainval_1.jpg is .64, 48., but its annotation says 63 x 48"):
         det_data.read_pixels(train["images"][3])
     (voc / "VOC2007/ImageSets/Main/test.txt").unlink()
     assert "test.txt is missing; --data expects VOCdevkit with VOC2007/ and VOC2012/" in sentence("voc", voc)
@@ -512,9 +515,9 @@ def test_missing_parts_of_the_layouts(tmp_path):
 
 def test_flags_that_do_not_fit(script, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for args, expected in (((), "run `python train_rep.py --loss kcl --seed 0` first, or say --pretrained none"),
+    for args, expected in (((), "first run `python train_rep.py --loss kcl --seed 0`, or pass --pretrained none"),
                            (("--dataset", "voc", "--pretrained", "none"), "--dataset voc needs --data and --pretrained"),
-                           (("--pretrained", "none", "--batch", 3, "--accumulate", 2), "--batch 3 must divide by ranks"),
+                           (("--pretrained", "none", "--batch", 3, "--accumulate", 2), "--batch 3 must be divisible by ranks x --accumulate"),
                            (("--pretrained", "none", *TINY_RUN, "--lr", 1e30), "try a smaller --lr than 1e+30")):
         with pytest.raises(SystemExit) as error:
             script(transfer_det, *args)

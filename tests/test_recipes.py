@@ -59,7 +59,7 @@ def bash(project, tmp_path, monkeypatch):
     for name in ("imagenet", "inat18", "places365"):
         monkeypatch.setitem(data.DATASETS, name, {**data.DATASETS[name], "pixels": 32, "resize": 36})
     for name in ("voc", "coco"):
-        monkeypatch.setitem(transfer_det.SETTINGS, name, {**transfer_det.SETTINGS[name], "scales": [48], "max_size": 64})
+        monkeypatch.setitem(transfer_det.SPECS, name, {**transfer_det.SPECS[name], "scales": [48], "max_size": 64})
     monkeypatch.setitem(transfer_det.HEADS, "c4", TINY)
     with socket.create_server(("127.0.0.1", 0)) as server:
         for shim in (tmp_path / "python", tmp_path / "torchrun", project / ".venv/bin/python"):

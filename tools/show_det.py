@@ -1,9 +1,9 @@
 """
-Pictures of what a detector finds: ground truth beside the detections with a score of 0.5 or more.
+Pictures of what a detector finds: the ground truth next to the detections with a score of 0.5 or more.
 
     python tools/show_det.py runs/none/det-digits-fpn-seed0 -n 4
 
-Reads log.jsonl and detections.json of a finished run of transfer_det.py; writes show_<image>.png beside them.
+Reads log.jsonl and detections.json of a finished run of transfer_det.py and writes show_<image>.png next to them.
 """
 import argparse
 import json

@@ -28,7 +28,8 @@ from sources import FIRST_SCENE, SIDE, digit_images, scene
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
 LAYOUTS = {
-    "voc": "VOCdevkit with VOC2007/ and VOC2012/, each with JPEGImages/, Annotations/ and ImageSets/Main/",
+    "voc": "VOCdevkit with VOC2007/ and VOC2012/, "
+           "each with JPEGImages/, Annotations/ and ImageSets/Main/",
     "coco": "annotations/instances_{train,val}2017.json, train2017/ and val2017/",
 }
 
@@ -90,8 +91,9 @@ def voc_dictionary(root, splits):
                                   for side in ("xmin", "ymin", "xmax", "ymax"))
                 box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
                 category = node.findtext("name").strip()
-                annotations.append({"image_id": image_id, "category_id": ids.get(category, category),
-                                    "bbox": box, "difficult": int(node.findtext("difficult", "0"))})
+                annotations.append({"image_id": image_id, "bbox": box,
+                                    "category_id": ids.get(category, category),
+                                    "difficult": int(node.findtext("difficult", "0"))})
     categories = [{"id": i, "name": name} for name, i in ids.items()]
     return complete({"images": images, "categories": categories, "annotations": annotations}, root)
 
@@ -101,8 +103,8 @@ def complete(dataset, source):
     category_ids = {c["id"] for c in dataset["categories"]}
     for number, a in enumerate(dataset["annotations"], 1):
         if a["category_id"] not in category_ids:
-            sys.exit(f"error: {source}: image {a['image_id']} has an annotation of the unknown category "
-                     f"{a['category_id']}; the label map is wrong")
+            sys.exit(f"error: {source}: image {a['image_id']} has an annotation of the unknown "
+                     f"category {a['category_id']}; the label map is wrong")
         w, h = a["bbox"][2:]
         a |= {"iscrowd": 0, "difficult": 0, "area": w * h, **a, "id": number}
     return dataset
@@ -363,7 +365,10 @@ def average_precision(name, dataset, detections):
 
 
 def print_table(rows):
-    """A Markdown table with a line per run, and the mean of runs that differ only in the seed. rows: results.json's."""
+    """A Markdown table with a line per run and one per mean of runs that differ only in the seed.
+
+    rows: what results.json holds.
+    """
     columns = [(kind, name) for kind in ("box", "mask") for name in rows[0].get(kind, ())]
     width = max(len(row["run"]) for row in rows)
 

@@ -62,9 +62,10 @@ DEFAULTS = {
 }
 # What no flag changes. base_lr is for a batch of 16. The learning rate falls to a tenth after each share of the
 # iterations in drops. scales are the shorter sides of training images, and the last one that of test images.
-PHOTO = dict(base_lr=0.02, max_size=1333, mirror=True, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
-DIGIT = dict(base_lr=0.1, max_size=128, mirror=False, mean=data.DATASETS["digits"]["mean"],
-             std=data.DATASETS["digits"]["std"])
+PHOTO = dict(base_lr=0.02, max_size=1333, mirror=True,
+             mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
+DIGIT = dict(base_lr=0.1, max_size=128, mirror=False,
+             mean=data.DATASETS["digits"]["mean"], std=data.DATASETS["digits"]["std"])
 SPECS = {
     "voc": dict(PHOTO, masks=False, drops=(18 / 24, 22 / 24), scales=[*range(480, 801, 32)]),
     "coco": dict(PHOTO, masks=True, drops=(12 / 18, 16 / 18), scales=[*range(640, 801, 32)]),
@@ -73,7 +74,8 @@ SPECS = {
 # proposals: before and after NMS, in training and in testing. rois: how many per image the heads are trained on.
 HEADS = {
     "c4": dict(proposals=((12000, 2000), (6000, 1000)), rois=512),
-    "fpn": dict(proposals=((2000, 1000), (1000, 1000)), rois=512, channels=256, fc=1024, mask=(256,) * 4),
+    "fpn": dict(proposals=((2000, 1000), (1000, 1000)), rois=512,
+                channels=256, fc=1024, mask=(256,) * 4),
     "digits": dict(proposals=((200, 100), (100, 50)), rois=64, channels=32, fc=128, mask=(32,) * 2),
 }
 
@@ -117,7 +119,8 @@ class RPN(RegionProposalNetwork):
     """torchvision's, with the protocol's L1 box loss instead of smooth L1."""
 
     def compute_loss(self, objectness, deltas, labels, targets):
-        positive, negative = (torch.where(torch.cat(chosen))[0] for chosen in self.fg_bg_sampler(labels))
+        positive, negative = (torch.where(torch.cat(chosen))[0]
+                              for chosen in self.fg_bg_sampler(labels))
         sampled = torch.cat([positive, negative])
         labels, targets = torch.cat(labels), torch.cat(targets)
         loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], labels[sampled])
@@ -196,7 +199,8 @@ def fpn_parts(encoder, strides, widths, classes, masks, heads):
     for layer in box_head.children():
         nn.init.kaiming_uniform_(layer.weight, a=1)  # detectron2's; nn.Linear's has a third of the variance
         nn.init.zeros_(layer.bias)
-    parts = dict(box_roi_pool=MultiScaleRoIAlign(keep, 7, sampling_ratio=2), box_head=Block(box_head),
+    parts = dict(box_roi_pool=MultiScaleRoIAlign(keep, 7, sampling_ratio=2),
+                 box_head=Block(box_head),
                  box_predictor=FastRCNNPredictor(fc, classes))
     if masks:
         parts |= dict(mask_roi_pool=MultiScaleRoIAlign(keep, 14, sampling_ratio=2),
@@ -240,14 +244,15 @@ def build_detector(encoder, arch, num_classes, heads, spec, amp=False):
               post_nms_top_n={"training": after, "testing": after_test})
 
     # boxes, classes and masks
-    roi_heads = Heads(**parts, fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=heads["rois"],
-                      positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5,
-                      detections_per_img=100)
+    roi_heads = Heads(**parts, fg_iou_thresh=0.5, bg_iou_thresh=0.5, positive_fraction=0.25,
+                      batch_size_per_image=heads["rois"], bbox_reg_weights=None,
+                      score_thresh=0.05, nms_thresh=0.5, detections_per_img=100)
     if arch == "c4" and masks:  # plain attributes, not submodules: the state_dict holds the box head once
-        roi_heads.__dict__.update(mask_roi_pool=roi_heads.box_roi_pool, mask_head=roi_heads.box_head)
+        roi_heads.__dict__["mask_roi_pool"] = roi_heads.box_roi_pool
+        roi_heads.__dict__["mask_head"] = roi_heads.box_head
 
-    transform = GeneralizedRCNNTransform(spec["scales"], spec["max_size"], spec["mean"], spec["std"])
-    detector = GeneralizedRCNN(backbone, rpn, roi_heads, transform)
+    resize = GeneralizedRCNNTransform(spec["scales"], spec["max_size"], spec["mean"], spec["std"])
+    detector = GeneralizedRCNN(backbone, rpn, roi_heads, resize)
     for module in detector.modules():
         if isinstance(module, Block):
             module.amp = amp
@@ -264,7 +269,8 @@ def parameter_groups(detector, weight_decay):
     """No weight decay for BatchNorm's weights and biases."""
     norms = {p: None for m in norm_layers(detector) for p in m.parameters()}
     others = [p for p in detector.parameters() if p not in norms]
-    return [{"params": others, "weight_decay": weight_decay}, {"params": list(norms), "weight_decay": 0.0}]
+    return [{"params": others, "weight_decay": weight_decay},
+            {"params": list(norms), "weight_decay": 0.0}]
 
 
 def learning_rate(base, iteration, iterations, drops, warmup):
@@ -342,7 +348,7 @@ def parse_args():
     p.add_argument("--data", help="voc, coco: the folder, in its official layout")
     p.add_argument("--train-scenes", type=int, default=1000, help="digits: how many, %(default)s")
     p.add_argument("--test-scenes", type=int, default=300, help="digits: how many, %(default)s")
-    p.add_argument("--split", choices=("test", "val"), default="test", help="digits: tune on val, not on test")
+    p.add_argument("--split", choices=("test", "val"), default="test", help="digits: val for tuning")
     p.add_argument("--workers", type=int, help=f"data workers per rank: {default('workers')}")
     # model
     p.add_argument("--pretrained",
@@ -359,11 +365,12 @@ def parse_args():
     p.add_argument("--warmup", type=int, help=f"iterations of linear warm-up: {default('warmup')}")
     p.add_argument("--weight-decay", type=float, default=1e-4, help="%(default)s; 0 on BatchNorm")
     p.add_argument("--precise-bn", type=int, default=200,
-                   help="iterations that BatchNorm's final statistics are averaged over: %(default)s")
+                   help="iterations that make BatchNorm's final statistics: %(default)s")
     p.add_argument("--seed", type=int, default=0, help="of weights, order and draws: %(default)s")
     # the run
-    p.add_argument("--out", type=Path, help="default: det-<dataset>-<arch>-seed<n>, in the folder of a "
-                   "backbone.pt of train_rep.py, else in runs/<name of --pretrained>")
+    p.add_argument("--out", type=Path,
+                   help="default: det-<dataset>-<arch>-seed<n>, in the folder of a backbone.pt of "
+                        "train_rep.py, else in runs/<name of --pretrained>")
     p.add_argument("--log-every", type=int, default=20, help="iterations per log line: %(default)s")
     p.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     p.add_argument("--restart", action="store_true", help="delete what --out holds and start over")
@@ -374,12 +381,13 @@ def parse_args():
 
     # the backbone; train_rep.py's log names its encoder
     if args.dataset != "digits" and not (args.data and args.pretrained):
-        sys.exit(f"error: --dataset {args.dataset} needs --data and --pretrained, a backbone.pt or none")
+        sys.exit(f"error: --dataset {args.dataset} needs --data and --pretrained, "
+                 "a backbone.pt or none")
     if args.pretrained is None:
         args.pretrained = f"runs/digits-lt-kcl-seed{args.seed}/backbone.pt"
         if not Path(args.pretrained).exists():
-            sys.exit(f"error: {args.pretrained} is missing; first run `python train_rep.py --loss kcl "
-                     f"--seed {args.seed}`, or pass --pretrained none")
+            sys.exit(f"error: {args.pretrained} is missing; first run `python train_rep.py "
+                     f"--loss kcl --seed {args.seed}`, or pass --pretrained none")
     run = {} if args.pretrained == "none" else checkpoint.settings_of(args.pretrained)
     args.encoder = args.encoder or run.get("arch")
 
@@ -429,7 +437,8 @@ def main():
     ckpt = checkpoint.resume(args.out, header["settings"], results, args.restart)
 
     # data; the score takes test masks from `test`, so test_scenes need none
-    train, test = read_datasets(args.dataset, args.data, args.split, args.train_scenes, args.test_scenes)
+    train, test = read_datasets(args.dataset, args.data, args.split, args.train_scenes,
+                                args.test_scenes)
     train_scenes = Scenes(train, spec["masks"], train=True)
     test_scenes = Scenes(test, masks=False)
 
@@ -440,7 +449,10 @@ def main():
 
     # model, with the same initial weights on all ranks
     torch.manual_seed(args.seed)
-    encoder = ARCHS[args.encoder]() if from_scratch else load_backbone(args.pretrained, args.encoder)
+    if from_scratch:
+        encoder = ARCHS[args.encoder]()
+    else:
+        encoder = load_backbone(args.pretrained, args.encoder)
     heads = HEADS["digits" if args.dataset == "digits" else args.arch]
     num_classes = len(train_scenes.category_ids)
     detector = build_detector(encoder, args.arch, num_classes, heads, spec, args.amp)
@@ -473,7 +485,8 @@ def main():
         # a random stream per iteration and rank: a resumed run draws what an undisturbed one does
         torch.manual_seed((args.seed * 1_000_003 + iteration) * 1_009 + ddp.rank())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args.lr, iteration, args.iterations, spec["drops"], args.warmup)
+            group["lr"] = learning_rate(args.lr, iteration, args.iterations, spec["drops"],
+                                        args.warmup)
 
         # gradients add up over the parts of the batch, and only the last part averages them over ranks
         optimizer.zero_grad()
@@ -496,8 +509,8 @@ def main():
                 "images_per_s": n * args.batch / (time.time() - since)}
         totals, n, since = {}, 0, time.time()
         if not math.isfinite(line["loss"]):
-            sys.exit(f"error: the loss is {line['loss']} at iteration {step}; try a smaller --lr than "
-                     f"{args.lr:.3g}")
+            sys.exit(f"error: the loss is {line['loss']} at iteration {step}; "
+                     f"try a smaller --lr than {args.lr:.3g}")
         bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
         if ddp.rank() == 0:
             log(line)

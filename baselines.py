@@ -34,8 +34,10 @@ import ddp
 from kcl import choose_positives
 from resnet import branch, with_head
 
-LOSSES = {"ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDAM", "bbn": "BBN", "supcon": "SupCon",
-          "kcl-batch": "KCL in the batch"}                                # --loss: the name in tables
+LOSSES = {                                                                # --loss: the name in tables
+    "ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDAM", "bbn": "BBN",
+    "supcon": "SupCon", "kcl-batch": "KCL in the batch",
+}
 CLASSIFICATION = ("ce", "focal", "cb-focal", "ldam", "bbn")               # these train a classifier along
 TWO_VIEWS = ("supcon", "kcl-batch")                                       # of each image, without a queue
 QUEUE = ()                                                                # two views, key encoder and queue, as KCL

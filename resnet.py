@@ -36,8 +36,10 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
-        if self.pad:  # option A of He et al.: a shortcut without parameters, subsampled, zeros for the new channels
-            x = F.avg_pool2d(x, 1, self.stride)  # equals x[:, :, ::stride, ::stride]; its gradient stays channels_last
+        if self.pad:
+            # option A of He et al., a shortcut without parameters: subsampled, with zeros for the new channels.
+            # avg_pool2d equals x[:, :, ::stride, ::stride], and its gradient stays channels_last
+            x = F.avg_pool2d(x, 1, self.stride)
             x = F.pad(x, (0, 0, 0, 0, self.pad // 2, self.pad - self.pad // 2))
         return F.relu(y + x, inplace=True)
 
@@ -60,7 +62,10 @@ class CifarResNet(nn.Module):
 
     @staticmethod
     def stage(c_in, c_out, n, stride):
-        return nn.Sequential(BasicBlock(c_in, c_out, stride), *(BasicBlock(c_out, c_out, 1) for _ in range(n - 1)))
+        blocks = [BasicBlock(c_in, c_out, stride)]
+        for _ in range(n - 1):
+            blocks.append(BasicBlock(c_out, c_out, 1))
+        return nn.Sequential(*blocks)
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -69,8 +74,12 @@ class CifarResNet(nn.Module):
 
 
 # name -> constructor that takes num_classes
-ARCHS = {"resnet8": partial(CifarResNet, 8), "resnet20": partial(CifarResNet, 20), "resnet32": partial(CifarResNet, 32),
-         "resnet8s": partial(CifarResNet, 8, stem_stride=2)}              # a fifth of resnet8's time: the digits'
+ARCHS = {
+    "resnet8": partial(CifarResNet, 8),
+    "resnet8s": partial(CifarResNet, 8, stem_stride=2),                   # for the digits, in a fifth of the time
+    "resnet20": partial(CifarResNet, 20),
+    "resnet32": partial(CifarResNet, 32),
+}
 for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"):
     ARCHS[name] = getattr(torchvision.models, name)
 
@@ -99,7 +108,7 @@ class Branches(nn.Module):
 
 
 def branch(encoder):
-    """Double the last residual block of an encoder, in place: features become (B, 2 D). Returns the Branches."""
+    """Double the last residual block of an encoder; its features become (B, 2 D). Returns the Branches."""
     stage = getattr(encoder, "layer4", None) or encoder.layer3
     stage[-1] = Branches(stage[-1])
     return stage[-1]
@@ -107,19 +116,21 @@ def branch(encoder):
 
 # ---- reading an encoder from a file
 
-ENTRIES = ("state_dict", "teacher", "model", "model_state_dict")          # of a checkpoint; DINO evaluates its teacher
-PREFIXES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")   # of an encoder's names, the first counts
+ENTRIES = ("state_dict", "teacher", "model", "model_state_dict")          # in a checkpoint; DINO evaluates its teacher
+PREFIXES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")   # of an encoder's names; the first that fits
 HEADS = ("fc", "head", "classifier", "projector", "projection_head", "prototypes")
-CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # in an nn.Sequential
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # of an nn.Sequential
 
-# what stands beside the tensors: arguments (timm, DINO, SupCon), learning rates of numpy (DINO, SwAV, SupCon)
+# files hold more than tensors: arguments (timm, DINO, SupCon), learning rates as numpy numbers (DINO, SwAV, SupCon)
 numpy_scalar = np.float64(0).__reduce__()[0]
-SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
-        (numpy_scalar, "numpy.core.multiarray.scalar"), (numpy_scalar, "numpy._core.multiarray.scalar")]
+SAFE = [
+    argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
+    (numpy_scalar, "numpy.core.multiarray.scalar"), (numpy_scalar, "numpy._core.multiarray.scalar"),
+]
 
 
 def read_weights(path):
-    """{name: tensor} from a .pt, .pth, .ckpt or .safetensors file, in a checkpoint from the first of ENTRIES."""
+    """{name: tensor} from a .pt, .pth, .ckpt or .safetensors file; of a checkpoint, the first of ENTRIES."""
     if not Path(path).is_file():
         sys.exit(f"error: {path} is no file")
     if str(path).endswith(".safetensors"):
@@ -135,29 +146,38 @@ def read_weights(path):
     except (pickle.UnpicklingError, KeyError, EOFError):
         sys.exit(f"error: {path} is no file of tensors; save model.state_dict() and nothing else")
     weights = next((content[entry] for entry in ENTRIES if entry in content), content)
-    return {re.sub(r"\b(module|_orig_mod)\.", "", str(name)): x for name, x in weights.items()}  # DDP, torch.compile
+    # DDP and torch.compile put a word into each name
+    return {re.sub(r"\b(module|_orig_mod)\.", "", str(name)): x for name, x in weights.items()}
 
 
 def load_backbone(path, arch):
     """The encoder of architecture `arch` without its fc, (B, 3, H, W) -> features (B, D), from a file of ours,
     torchvision, timm, MoCo, DINO, Barlow Twins, VICReg, SwAV, SupCon, solo-learn or lightly.
 
-    Every tensor but those of a head must be there in its shape. Prints what was matched and what was left out.
+    Every tensor except those of a head must be there in its shape. Prints what was matched and what was left out.
     """
     weights = read_weights(path)
-    prefix = next((p for p in PREFIXES if f"{p}conv1.weight" in weights or f"{p}0.weight" in weights), None)
+
+    # where the encoder is in the file
+    prefix = None
+    for candidate in PREFIXES:
+        if f"{candidate}conv1.weight" in weights or f"{candidate}0.weight" in weights:
+            prefix = candidate
+            break
     if prefix is None:
         beginnings = sorted({name.split(".")[0] for name in weights})
-        sys.exit(f"error: {path} has no conv1.weight, by itself or below {', '.join(PREFIXES[:-1])}; its names begin "
-                 f"with {', '.join(beginnings)}")
+        sys.exit(f"error: {path} has no conv1.weight, by itself or below {', '.join(PREFIXES[:-1])}; "
+                 f"its names begin with {', '.join(beginnings)}")
 
+    # what its architecture expects; files of old versions lack num_batches_tracked
     encoder = ARCHS[arch]()
     encoder.fc = nn.Identity()
     if any(".rebalanced." in name for name in weights):                   # of BBN: features (B, 2 D)
         branch(encoder)
     expected = encoder.state_dict()
-    state = {name: x for name, x in expected.items() if name.endswith("num_batches_tracked")}  # old files lack these
+    state = {name: x for name, x in expected.items() if name.endswith("num_batches_tracked")}
 
+    # translate the names; heads and other networks are left out
     left_out = []
     for name, x in weights.items():
         child, dot, rest = name.removeprefix(prefix).partition(".")
@@ -166,13 +186,16 @@ def load_backbone(path, arch):
         else:
             left_out.append(name)
 
+    # all of it must be there, and nothing else
     for name in expected | state:
         found, wanted = (tuple(x[name].shape) if name in x else "absent" for x in (state, expected))
         if found != wanted:
             sys.exit(f"error: {path} does not fit {arch}: {name} is {found} in the file and {wanted} in {arch}; "
-                     "name the architecture of the file (--arch; transfer_det.py: --encoder), or add it to resnet.py")
+                     "name the architecture of the file (--arch; transfer_det.py: --encoder), or add it to "
+                     "resnet.py")
     encoder.load_state_dict(state)
     below = f" below {prefix}" if prefix else ""
+    some = ", ".join(left_out[:4]) + ", ..." * (len(left_out) > 4)
     print0(f"{path}: {len(weights) - len(left_out)} of {len(expected)} tensors matched{below}; "
-           f"{len(left_out)} left out: {', '.join(left_out[:4]) or 'none'}{', ...' * (len(left_out) > 4)}")
+           f"{len(left_out)} left out: {some or 'none'}")
     return encoder

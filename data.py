@@ -1,9 +1,9 @@
 """
 What training, probing and evaluating must agree on: list files, images, augmentations, samplers.
 
-A data set is a folder and list files, one `relative/path label` a line. An image is decoded once for all of its views
-and stays uint8, a quarter of the bytes, until it is normalised on the device. Which images an epoch draws, and how each
-is augmented, depends on the seed, the epoch and the place in the epoch alone: not on the number of ranks or workers.
+A data set is a folder and list files with one `relative/path label` per line. An image is decoded once for all of its
+views and stays uint8, a quarter of the bytes, until it is normalised on the device. Which images an epoch draws, and
+how each is augmented, depends only on the seed, the epoch and the place in the epoch, not on ranks or workers.
 """
 import functools
 import hashlib
@@ -27,26 +27,31 @@ import ddp
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # deprecated since torchvision 0.29; PIL decodes the same pixels, in twice the time
+except ImportError:  # deprecated since torchvision 0.29; PIL decodes the same pixels in twice the time
     decode_jpeg = None
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# kind: whose hyper-parameters a data set takes. root: its folder. pixels: of the crop, out of a shorter side of resize.
-# Lists: `train` for the representation, `full` balanced, `val` chooses ("none": there is none), `test` is reported.
+# kind: whose hyper-parameters a data set has. root: its folder. Images are resized to a shorter side of `resize`, and
+# `pixels` of it are cropped. Lists: `train` for the representation; `full`, which is balanced; `val`, which chooses
+# ("none" if there is none); `test`, which is reported.
 LISTS = dict(train="train_lt.txt", full="train_full.txt", val="val.txt", test="test.txt")
 PHOTOS = dict(kind="photos", root=None, pixels=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, **LISTS)
-CIFAR = dict(kind="cifar", pixels=32, resize=32, **LISTS) | dict(val="none")  # the largest class takes all images
+SMALL = dict(pixels=32, resize=32, **LISTS)
+CIFAR = SMALL | dict(kind="cifar", val="none")                            # the largest class has all images
 DATASETS = {
-    "digits": dict(kind="digits", root="data/digits", pixels=32, resize=32, mean=(0.179,) * 3, std=(0.279,) * 3,
-                   **LISTS),
-    "imagenet": PHOTOS | dict(train="ImageNet_LT_train.txt", val="ImageNet_LT_val.txt", test="ImageNet_LT_test.txt"),
+    "digits": SMALL | dict(kind="digits", root="data/digits", mean=(0.179,) * 3, std=(0.279,) * 3),
+    "imagenet": PHOTOS | dict(
+        train="ImageNet_LT_train.txt", val="ImageNet_LT_val.txt", test="ImageNet_LT_test.txt"),
     # no balanced training set, and the official validation set is what everybody reports
-    "inat18": PHOTOS | dict(mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192), train="iNaturalist18_train.txt",
-                            full="none", val="none", test="iNaturalist18_val.txt"),
+    "inat18": PHOTOS | dict(
+        mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192),
+        train="iNaturalist18_train.txt", full="none", val="none", test="iNaturalist18_val.txt"),
     "places365": PHOTOS,
-    "cifar10": CIFAR | dict(root="data/cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
-    "cifar100": CIFAR | dict(root="data/cifar100", mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
+    "cifar10": CIFAR | dict(
+        root="data/cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
+    "cifar100": CIFAR | dict(
+        root="data/cifar100", mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
     "folder": PHOTOS,  # any folder of class folders
 }
 
@@ -68,8 +73,8 @@ def find_list(root, name):
 
 
 def read_list(root, name):
-    """Paths (str, below root) and labels (N,) int64 of a list file. The published lists have `train/n01440764/x.JPEG 0`
-    or `/n01440764/x.JPEG 0`, which is below root/train."""
+    """Paths (str, below root) and labels (N,) int64 of a list file. The published lists have lines like
+    `train/n01440764/x.JPEG 0` or `/n01440764/x.JPEG 0`; the latter means root/train."""
     file = find_list(root, name)
     paths, labels = [], []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -82,9 +87,11 @@ def read_list(root, name):
 
 
 def beside(root, list_name, name):
-    """The list `name` from the folder of list_name, where there is one: a half of the classes has its own lists."""
+    """The list `name` in the folder of list_name, if there is one: a half of the classes has its own lists."""
     sibling = (Path(list_name).parent / name).as_posix()
-    return sibling if Path(sibling).is_file() or (Path(root) / sibling).is_file() else name
+    if Path(sibling).is_file() or (Path(root) / sibling).is_file():
+        return sibling
+    return name
 
 
 def sha256(file):
@@ -101,45 +108,57 @@ def same_list(run):
 
 
 def refuse_overlap(root, train, val):
-    """Exit where an image of the list `val` is in the list `train`: what chooses must not have been seen."""
-    both = set(read_list(root, train)[0]) & set(read_list(root, val)[0])
-    if both:
-        sys.exit(f"error: {len(both)} images of the validation list {val} are in the training list {train} too "
-                 f"(first: {min(both)}); take them out of one of the two")
+    """Exit if an image of the list `val` is in the list `train`: what chooses must not have been seen."""
+    shared = set(read_list(root, train)[0]) & set(read_list(root, val)[0])
+    if shared:
+        sys.exit(f"error: {len(shared)} images of the validation list {val} are in the training list {train} "
+                 f"too (first: {min(shared)}); take them out of one of the two")
 
 
 def groups(counts):
-    """The group of each class: many > 100, medium 20..100, few < 20 training images (Liu et al. 2019)."""
-    return ["many" if n > 100 else "medium" if n >= 20 else "few" for n in counts]
+    """Each class's group: many > 100, medium 20 to 100, few < 20 training images (Liu et al. 2019)."""
+    names = []
+    for n in counts:
+        if n > 100:
+            names.append("many")
+        elif n >= 20:
+            names.append("medium")
+        else:
+            names.append("few")
+    return names
 
 
 # ---- images
 
 def decode(content):
-    """The bytes of an image file -> uint8 (3, H, W), the pixels of PIL's convert("RGB"): alpha is dropped, the camera's
-    orientation (EXIF) is not applied, as in everybody's ImageNet numbers."""
+    """The bytes of an image file -> uint8 (3, H, W), the pixels of PIL's convert("RGB"). Alpha is dropped, and the
+    camera's orientation (EXIF) is not applied, as in everybody's ImageNet numbers."""
     if decode_jpeg and content.startswith(b"\xff\xd8"):
-        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return decode_jpeg(buffer, ImageReadMode.RGB)
     image = Image.open(io.BytesIO(content))
     if image.mode.startswith(("I", "F")):
-        raise ValueError("more than 8 bits a pixel, of which convert() would make white; convert it to 8 bits")
+        raise ValueError("it has more than 8 bits per pixel, which would become white; convert it to 8 bits")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 class ImageList(Dataset):
-    """The images of a list file. spec: `pixels` and `resize`, an entry of DATASETS or a head.pt.
+    """The images of a list file.
 
-    aug: the name of an augmentation, or None for the center crop of evaluation. An item's key is (index, seed), or an
-    index where nothing is random; an item is (views, label, index), views = [uint8 (3, pixels, pixels)] * num_views.
+    spec: an entry of DATASETS or a head.pt, for `pixels` and `resize`
+    aug:  the name of an augmentation, or None for the center crop of evaluation
+
+    images[index, seed] is (views, label, index) with num_views views, uint8 (3, pixels, pixels) each. images[index]
+    does if nothing is random.
     """
 
     def __init__(self, root, name, spec, aug=None, num_views=1):
         self.root, self.name, self.aug, self.num_views = Path(root), name, aug, num_views
         self.paths, self.labels = read_list(root, name)
         if self.paths and not self.root.joinpath(self.paths[0]).is_file():
-            sys.exit(f"error: {self.root / self.paths[0]}, the first image of {name}, is missing; --data names the "
-                     "folder that the paths start from")
-        if aug is None or aug in BATCHED:  # InMemory augments
+            sys.exit(f"error: {self.root / self.paths[0]}, the first image of {name}, is missing; --data names "
+                     "the folder that the paths start from")
+        if aug is None or aug in BATCHED:                                 # InMemory augments the latter
             self.transform = center(spec["pixels"], spec["resize"])
         else:
             self.transform = augmentation(aug, spec["pixels"])
@@ -158,7 +177,7 @@ class ImageList(Dataset):
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, 0)
         image = self.image(index)
-        state = torch.get_rng_state()  # without workers this is the training's own stream: it is put back
+        state = torch.get_rng_state()                                     # without workers, the training's own
         torch.default_generator.manual_seed(seed)
         views = [self.transform(image) for _ in range(self.num_views)]
         torch.set_rng_state(state)
@@ -167,7 +186,9 @@ class ImageList(Dataset):
 
 def center(pixels, resize):
     """The transform of evaluation, uint8 (3, H, W) -> uint8 (3, pixels, pixels)."""
-    return T.Identity() if resize == pixels else T.Compose([T.Resize(resize), T.CenterCrop(pixels)])
+    if resize == pixels:
+        return T.Identity()
+    return T.Compose([T.Resize(resize), T.CenterCrop(pixels)])
 
 
 @functools.cache
@@ -242,7 +263,7 @@ def crop_flip(images, u, padding=4):
     return padded[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-BATCHED = {"affine": (affine, 4), "cifar": (crop_flip, 3)}  # name -> function, random numbers an image and view
+BATCHED = {"affine": (affine, 4), "cifar": (crop_flip, 3)}  # name -> function, random numbers per view
 AUGMENTATIONS = ("sup", "moco", "mocov2", "lt", *BATCHED)
 
 
@@ -264,16 +285,19 @@ class Draws(Sampler):
     """
 
     def __init__(self, labels, kind, batch, epochs=1, seed=0):
-        self.labels, self.kind, self.batch, self.epochs, self.seed = labels, kind, batch, epochs, seed
+        self.labels, self.kind, self.batch = labels, kind, batch
+        self.epochs, self.seed = epochs, seed
         self.counts, self.epoch = labels.bincount(), 0
         if len(labels) < batch:
-            sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}; use --batch "
-                     f"{2 ** int(math.log2(max(1, len(labels))))} or smaller")
+            sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}; use "
+                     f"--batch {2 ** int(math.log2(max(1, len(labels))))} or smaller")
         if batch % ddp.world():
-            sys.exit(f"error: --batch {batch} is that of all ranks and must divide by their number, {ddp.world()}")
+            sys.exit(f"error: --batch {batch} is that of all ranks and must divide by their number, "
+                     f"{ddp.world()}")
         if kind != "instance" and not self.counts.all():
-            sys.exit(f"error: {kind} sampling draws from every class, but class {int((self.counts == 0).nonzero()[0])} "
-                     "has no image in the training list; use --sampler instance, or renumber the labels")
+            empty = int((self.counts == 0).nonzero()[0])
+            sys.exit(f"error: {kind} sampling draws from every class, but class {empty} has no image in the "
+                     "training list; use --sampler instance, or renumber the labels")
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -282,8 +306,12 @@ class Draws(Sampler):
         """p_c of this epoch, (C,) float64."""
         n, t = self.counts.double(), max(self.epoch, 0) / self.epochs     # below 0 the queue is filled
         instance, balanced = n / n.sum(), torch.full_like(n, 1 / len(n))
-        return {"class": balanced, "sqrt": n.sqrt() / n.sqrt().sum(), "reversed": 1 / n / (1 / n).sum(),
-                "progressive": (1 - t) * instance + t * balanced}[kind]
+        return {
+            "class": balanced,
+            "sqrt": n.sqrt() / n.sqrt().sum(),
+            "reversed": 1 / n / (1 / n).sum(),
+            "progressive": (1 - t) * instance + t * balanced,
+        }[kind]
 
     def stream(self, kind, numbers):
         """The epoch's draws of all ranks, (N, 1 + numbers) int64: an index, and random numbers of 32 bits."""
@@ -292,12 +320,13 @@ class Draws(Sampler):
         N = len(self.labels)
         if kind == "instance":
             index = torch.randperm(N, generator=g)
-        else:  # a class, then one of its images: sorted by class, class c begins at start[c]
+        else:  # a class, then one of its images: in the order by class, class c begins at start[c]
             c = torch.multinomial(self.class_probabilities(kind), N, replacement=True, generator=g)
             start = self.counts.cumsum(0) - self.counts
             within = (torch.rand(N, generator=g, dtype=torch.float64) * self.counts[c]).long()
             index = self.labels.argsort(stable=True)[start[c] + within]
-        return torch.cat([index[:, None], torch.randint(2**32, (N, numbers), generator=g)], dim=1)
+        noise = torch.randint(2**32, (N, numbers), generator=g)
+        return torch.cat([index[:, None], noise], dim=1)
 
     @property
     def per_rank(self):
@@ -325,12 +354,13 @@ class Draws(Sampler):
 # ---- batches
 
 class InMemory:
-    """The batches of train_loader from a set that lies in the device's memory as uint8, and is augmented there."""
+    """The batches of train_loader, of a set that lies in the device's memory as uint8 and is augmented there."""
 
     def __init__(self, dataset, draws, device):
         self.draws, self.num_views, self.device = draws, dataset.num_views, device
         self.augment, self.numbers = BATCHED[dataset.aug]
-        self.images = torch.stack([dataset[i][0][0] for i in range(len(dataset))]).to(device)  # (N, 3, H, W)
+        images = [dataset[i][0][0] for i in range(len(dataset))]
+        self.images = torch.stack(images).to(device)                      # (N, 3, H, W) uint8
         self.labels = dataset.labels.to(device)
 
     def __len__(self):
@@ -349,9 +379,11 @@ class InMemory:
 
 
 def collate(samples):
-    """default_collate with the views channels last, as they come from the decoder and as convolutions take them."""
-    *views, labels, index = default_collate([(*(view.permute(1, 2, 0) for view in views), label, i)
-                                             for views, label, i in samples])
+    """default_collate with the views channels last, as they come from the decoder and as convolutions want them."""
+    flat = []
+    for views, label, i in samples:
+        flat.append((*(view.permute(1, 2, 0) for view in views), label, i))
+    *views, labels, index = default_collate(flat)
     return [view.permute(0, 3, 1, 2) for view in views], labels, index
 
 
@@ -359,15 +391,17 @@ def train_loader(dataset, draws, workers, device):
     """Batches of this rank's share: ([uint8 (b, 3, H, W)] * views, labels (b,), indices (b,))."""
     if dataset.aug in BATCHED:
         return InMemory(dataset, draws, device)
+    # with a generator of its own the loader draws nothing from the run's stream
     return DataLoader(dataset, draws.per_rank, sampler=draws, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
-                      generator=torch.Generator())  # its own: the loader takes nothing from the run's stream
+                      generator=torch.Generator())
 
 
 def eval_loader(dataset, batch, workers):
     """Every image exactly once over all ranks, nothing padded: rank r holds images r, r + world, ..."""
-    return DataLoader(dataset, batch, sampler=range(ddp.rank(), len(dataset), ddp.world()), num_workers=workers,
-                      collate_fn=collate, pin_memory=torch.cuda.is_available())
+    share = range(ddp.rank(), len(dataset), ddp.world())
+    return DataLoader(dataset, batch, sampler=share, num_workers=workers, collate_fn=collate,
+                      pin_memory=torch.cuda.is_available())
 
 
 @torch.no_grad()
@@ -379,5 +413,5 @@ def encode_all(encode, dataset, D, batch, workers, device):
                disable=ddp.rank() > 0 or None)
     for (view,), _, index in bar:
         features[index.to(device, non_blocking=True)] = encode(view)
-    dist.all_reduce(features)                                             # a row is one rank's, and 0 on the others
+    dist.all_reduce(features)                                             # other ranks have 0 in a rank's rows
     return features

@@ -6,7 +6,6 @@ views and stays uint8, a quarter of the bytes, until it is normalised on the dev
 how each is augmented, depends only on the seed, the epoch and the place in the epoch, not on ranks or workers.
 """
 import functools
-import hashlib
 import io
 import math
 import os
@@ -92,19 +91,6 @@ def beside(root, list_name, name):
     if Path(sibling).is_file() or (Path(root) / sibling).is_file():
         return sibling
     return name
-
-
-def sha256(file):
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def same_list(run):
-    """Exit where the list of a run or of a classifier is another one by now: the data folder was made anew under its
-    name, and images would change sides between training and test in silence."""
-    name = run.get("counts_of", run["list"])
-    files = [file for file in (Path(name), Path(run["data"]) / name) if file.is_file()]
-    if files and sha256(files[0]) != run["list_sha256"]:
-        sys.exit(f"error: {files[0]} is another list than the one that was trained on; train again")
 
 
 def refuse_overlap(root, train, val):

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import data
 import ddp
-from checkpoint import read_head
 from resnet import load_backbone
 
 TAUS = np.arange(0, 2.01, 0.1).round(1).tolist()  # 0 is the plain head without its bias, 1 gives all classes one norm
@@ -99,9 +99,9 @@ def load_head(path, root=None, groups=None):
     if path.is_dir():
         ddp.print0(f"{path} is a folder: taking the head.pt in it")
         path = path / "head.pt"
-    head = read_head(path)
+    head = checkpoint.read_head(path)
     if root is None:
-        data.same_list(head)
+        checkpoint.same_list(head)
     head |= {"path": path, "backbone": (path.parent / head["backbone"]).resolve(), "data": root or head["data"]}
 
     if groups:

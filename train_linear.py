@@ -97,7 +97,7 @@ def parse_args():
     args.data = str(Path(args.data))  # without a last slash
     args.backbone_list = run.get("list") if args.data == run.get("data") else None
     if args.backbone_list:
-        data.same_list(run)
+        checkpoint.same_list(run)
     if args.protocol == "rep":
         args.list = args.list or data.beside(args.data, args.backbone_list or "", spec["full"])
     args.list = args.list or args.backbone_list or spec["train"]
@@ -195,7 +195,7 @@ def hand_on(args, classifier, chosen, val_top1):
         "weight": classifier.weight.detach().cpu().clone(), "bias": classifier.bias.detach().cpu().clone(),
         "backbone": os.path.relpath(args.backbone, args.out), "arch": args.arch, "dataset": args.dataset,
         "data": args.data, "list": args.list, "counts": counts.tolist(), "counts_of": counts_of,
-        "list_sha256": data.sha256(data.find_list(args.data, counts_of)),
+        "list_sha256": checkpoint.sha256(data.find_list(args.data, counts_of)),
         "name": backbone.parent.name if backbone.name == "backbone.pt" else backbone.stem,
         "chosen": chosen, "val_top1": val_top1,
         "protocol": f"{how}: {args.classifier} on {args.list}, {args.sampler} sampling, {args.epochs} epochs",
@@ -219,8 +219,8 @@ def main():
                    "beta is not that of the features alone")
     pairs = list(itertools.product(args.lr, args.weight_decay))           # one classifier each
     val = val_images(args, spec, C) if len(pairs) > 1 else None
-    header = checkpoint.header(args, list_sha256=data.sha256(data.find_list(args.data, args.list)),
-                               backbone_sha256=data.sha256(args.backbone))
+    header = checkpoint.header(args, list_sha256=checkpoint.sha256(data.find_list(args.data, args.list)),
+                               backbone_sha256=checkpoint.sha256(args.backbone))
     ckpt = checkpoint.resume(args.out, header["settings"], "head.pt", args.restart)
 
     # model
@@ -249,7 +249,7 @@ def main():
     if ckpt:
         heads.load_state_dict(ckpt["heads"])
         optimizer.load_state_dict(ckpt["optimizer"])
-        ddp.print0(f"{args.out}: going on after epoch {begin} of {args.epochs}")
+        ddp.print0(f"{args.out}: resuming after epoch {begin} of {args.epochs}")
 
     # train
     if cached:

@@ -286,7 +286,7 @@ def main():
         data.refuse_overlap(args.data, args.list, val)
 
     # what an earlier call has left in --out
-    header = checkpoint.header(args, list_sha256=data.sha256(data.find_list(args.data, args.list)))
+    header = checkpoint.header(args, list_sha256=checkpoint.sha256(data.find_list(args.data, args.list)))
     ddp.print0("settings: " + ", ".join(f"{name}={x}" for name, x in header["settings"].items())
                + f"; on {device.type}, BatchNorm sees {args.batch // args.virtual_gpus} images")
     ckpt = checkpoint.resume(args.out, header["settings"], "backbone.pt", args.restart)

@@ -431,7 +431,7 @@ def main():
     from_scratch = args.pretrained == "none"
 
     # resume() exits if --out holds a finished run, or one with other settings
-    sha256 = None if from_scratch else data.sha256(args.pretrained)
+    sha256 = None if from_scratch else checkpoint.sha256(args.pretrained)
     header = checkpoint.header(args, **spec, pretrained_sha256=sha256)
     results = "results.json" if args.split == "test" else "results_val.json"
     ckpt = checkpoint.resume(args.out, header["settings"], results, args.restart)

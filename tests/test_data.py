@@ -81,14 +81,6 @@ def test_lists_that_must_not_be_confused(tmp_path):
     assert data.beside(tmp_path, "l.txt", "val.txt") == data.beside(tmp_path, "other/l.txt", "val.txt") == "val.txt"
     assert data.beside(tmp_path, "half/l.txt", "val.txt") == "half/val.txt"
 
-    run = {"data": str(tmp_path), "list": "l.txt", "list_sha256": data.sha256(tmp_path / "l.txt")}
-    data.same_list(run)
-    data.same_list({**run, "data": "/nowhere"})  # a head.pt serves without its list
-    (tmp_path / "l.txt").write_text("a 0\n")
-    for changed in (run, {**run, "list": "val.txt", "counts_of": "l.txt"}):
-        with pytest.raises(SystemExit, match="/l.txt is another list than the one that was trained on"):
-            data.same_list(changed)
-
 
 def test_groups():
     assert data.groups([1280, 101, 100, 20, 19, 1]) == ["many", "many", "medium", "medium", "few", "few"]

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import checkpoint
-import data
 import det_data
 import make_lt
 import resnet
@@ -406,7 +405,7 @@ def test_runs_end_to_end(script, small, tmp_path, capsys, monkeypatch, dataset, 
     assert all(x == 2 for name, x in detector.items() if name.endswith("tracked"))  # the two precise iterations
     first, *lines = log_of(out)
     assert made == [{"train": True}, {"masks": False}]                    # images without an object are tested on alone
-    assert first["settings"]["pretrained_sha256"] == data.sha256(tmp_path / "backbone.pt")
+    assert first["settings"]["pretrained_sha256"] == checkpoint.sha256(tmp_path / "backbone.pt")
     assert first["command"].startswith("transfer_det.py --dataset") and first["settings"]["batch"] == 2
     assert [line["step"] for line in lines] == [2, 4, 5] and all(np.isfinite(line["loss"]) for line in lines)
 

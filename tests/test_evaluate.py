@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import data
 import evaluate
 import resnet
@@ -122,7 +123,7 @@ def heads(digits, tmp_path_factory):
         torch.save({n: x for n, x in encoder.state_dict().items() if n[:3] != "fc."}, root / f"kcl-seed{seed}/backbone.pt")
         torch.save({"weight": torch.randn(10, 64), "bias": torch.randn(10), "backbone": "../backbone.pt" if folder else "backbone.pt",
                     "arch": "resnet8s", "dataset": "digits", "data": str(digits), "list": str(root / "lt.txt"), "counts": counts,
-                    "counts_of": str(root / "lt.txt"), "list_sha256": data.sha256(root / "lt.txt"), "name": f"kcl-seed{seed}",
+                    "counts_of": str(root / "lt.txt"), "list_sha256": checkpoint.sha256(root / "lt.txt"), "name": f"kcl-seed{seed}",
                     "protocol": protocol, "chosen": "", **{n: data.DATASETS["digits"][n] for n in ("mean", "std", "pixels", "resize")}},
                    path)
         paths.append(path)

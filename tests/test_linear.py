@@ -229,14 +229,14 @@ def test_groups_are_made_by_what_the_backbone_has_seen(script, digits, run, tmp_
                         torch.zeros(len(dataset), D, device=device))
     (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
     settings = dict(arch="resnet8s", dataset="digits", data=str(digits), list="train_lt.txt", loss="kcl",
-                    list_sha256=data.sha256(digits / "train_lt.txt"))
+                    list_sha256=checkpoint.sha256(digits / "train_lt.txt"))
     (tmp_path / "log.jsonl").write_text(json.dumps({"settings": settings}) + "\n")
     script(train_linear, tmp_path / "backbone.pt", *flags, "--features", "cached", "--epochs", 1, "--lr", 1, "--out",
            tmp_path / "out")
     head = torch.load(tmp_path / "out/head.pt", weights_only=True)
     labels = [int(line.split()[1]) for line in (digits / counts_of).read_text().splitlines()]
     assert head["counts"] == np.bincount(labels).tolist() and head["counts_of"] == counts_of
-    assert head["list_sha256"] == data.sha256(digits / counts_of) and head["backbone"] == "../backbone.pt"
+    assert head["list_sha256"] == checkpoint.sha256(digits / counts_of) and head["backbone"] == "../backbone.pt"
 
 
 # ---- refusing
@@ -265,6 +265,17 @@ def test_a_checkpoint_from_elsewhere_gives_the_classifier_its_name(script, run, 
         assert torch.load(tmp_path / f"of_{file}/head.pt", weights_only=True)["name"] == name
 
 
+def test_a_list_that_has_changed_since_the_training_is_noticed(tmp_path):
+    (tmp_path / "l.txt").write_text("b 0\na 0\n")
+    run = {"data": str(tmp_path), "list": "l.txt", "list_sha256": checkpoint.sha256(tmp_path / "l.txt")}
+    checkpoint.same_list(run)
+    checkpoint.same_list({**run, "data": "/nowhere"})  # a head.pt serves without its list
+    (tmp_path / "l.txt").write_text("a 0\n")
+    for changed in (run, {**run, "list": "val.txt", "counts_of": "l.txt"}):
+        with pytest.raises(SystemExit, match="/l.txt is another list than the one that was trained on"):
+            checkpoint.same_list(changed)
+
+
 def test_the_list_of_the_backbone_is_the_one_it_was_trained_on(script, digits, run, tmp_path):
     (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
     with pytest.raises(SystemExit, match="no log.jsonl of train_rep.py beside .*; say --arch and --dataset and --data"):
@@ -274,7 +285,7 @@ def test_the_list_of_the_backbone_is_the_one_it_was_trained_on(script, digits, r
         (tmp_path / "lt.txt").write_text(seen)
         settings = dict(arch="resnet8s", dataset="digits", data=str(digits), loss="ce",
                         list=str(tmp_path / "lt.txt") if text else "train_lt.txt",
-                        list_sha256=data.sha256(tmp_path / "lt.txt"))
+                        list_sha256=checkpoint.sha256(tmp_path / "lt.txt"))
         (tmp_path / "log.jsonl").write_text(json.dumps({"settings": settings}) + "\n")
         with pytest.raises(SystemExit, match=sentence):  # the second: of the backbone; the classifier's has none of val
             script(train_linear, tmp_path / "backbone.pt", "--list", run / "small.txt")
@@ -315,7 +326,7 @@ def test_a_finished_classifier_is_kept_and_other_settings_are_refused(linear, sc
     with pytest.raises(SystemExit) as stop:
         linear("--features", "cached", "--lr", 1, "--out", out)
     assert stop.value.code == 0 and "is finished already; --restart trains it again" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds a run with other settings .lr: .1.0. there, .2.0. here.; say these, name another --out"):
+    with pytest.raises(SystemExit, match="holds a run with other settings .lr: .1.0. there, .2.0. here.; use these, pass another --out"):
         linear("--features", "cached", "--lr", 2, "--out", out)
     with pytest.raises(SystemExit, match="other settings .backbone: "):  # of the same folder
         (tmp_path / "other.pt").symlink_to(run / "backbone.pt")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from scipy import stats
 
+import checkpoint
 import data
 import ddp
 from recipes import findings, study
@@ -71,7 +72,7 @@ def test_every_command_parses(tmp_path, digits, monkeypatch):
                 assert args.seed == seed
                 if command.startswith("train_rep.py"):  # what stage 2 reads beside the backbone
                     settings = {"arch": args.arch, "dataset": args.dataset, "data": args.data, "list": args.list,
-                                "loss": args.loss, "list_sha256": data.sha256(data.find_list(args.data, args.list))}
+                                "loss": args.loss, "list_sha256": checkpoint.sha256(data.find_list(args.data, args.list))}
                     args.out.mkdir(parents=True, exist_ok=True)
                     (args.out / "log.jsonl").write_text(json.dumps({"settings": settings}))
                     (args.out / "backbone.pt").touch()

@@ -295,7 +295,7 @@ def test_finished_restart_and_other_settings(small, script, tmp_path, capsys):
     (out / "backbone.pt").unlink()
     capsys.readouterr()
     script(train_rep, *settings, "--lr", 0.1)
-    assert f"{out} has no checkpoint yet: the run begins anew" in capsys.readouterr().out
+    assert f"{out} has no checkpoint yet: the run starts over" in capsys.readouterr().out
 
     # head.pt first, backbone.pt last: a run that ends between the two is not finished
     (out / "backbone.pt").unlink()

@@ -3,16 +3,17 @@ Stage 2: train a linear classifier on the frozen features of a backbone.
 
     python train_linear.py runs/digits-lt-kcl-seed0/backbone.pt                   # long-tailed recognition: Tables 2, 3
     python train_linear.py runs/digits-lt-kcl-seed0/backbone.pt --protocol rep    # representation evaluation: Figs 2-4
-    torchrun --nproc_per_node=8 train_linear.py runs/imagenet-ImageNet_LT_train-kcl-seed0-8ranks/backbone.pt
+    torchrun --nproc_per_node=8 train_linear.py runs/imagenet-ImageNet_LT_train-kcl-seed0/backbone.pt
     python train_linear.py moco_v2_800ep.pth.tar --loss cl --arch resnet50 --dataset imagenet --data X
 
-lt:  the long-tailed list of the backbone, with class-balanced sampling. On a CE backbone this is cRT.
-rep: the full, balanced list, every image once an epoch.
---classifier lws learns one scale a class for the joint head beside the backbone, in place of a new classifier.
---features cached encodes each image once, not augmented: for curves and sweeps. The paper augments anew in each epoch.
+--protocol lt trains on the backbone's long-tailed list with class-balanced sampling; for a CE backbone this is cRT.
+--protocol rep trains on the full, balanced list and uses every image once per epoch.
+--classifier lws learns one scale per class for the head that was trained along with the backbone.
+--features cached encodes each image once, without augmentation, which is faster. The paper augments in every epoch.
 
-Every pair of a --lr and a --weight-decay is a classifier. All train side by side on one stream of features, each as it
-would alone, and the validation list chooses one. The test list is not touched.
+Each pair of a --lr and a --weight-decay is one classifier. All of them train side by side on the same stream of
+features, each as it would alone, and the validation list chooses one. The test list is never touched.
+
 Writes head.pt and log.jsonl to <folder of the backbone>/<classifier>-<protocol>[-cached]. Next: evaluate.py.
 """
 import argparse
@@ -36,92 +37,108 @@ from resnet import ARCHS, load_backbone
 
 LR_GRID = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
 
-# By kind of data set and of features: CE stands for all losses on logits. lr: with --val none; else LR_GRID.
+# Defaults by kind of data set and by what the backbone was trained with, a classification or a contrastive loss. A flag
+# wins. lr is that of --val none: a validation list chooses from LR_GRID.
+COMMON = dict(schedule="cosine", weight_decay=[0.0], workers=data.workers_per_rank())
+PHOTOS = dict(COMMON, batch=256, aug="sup")
+CIFAR = dict(COMMON, batch=128, aug="cifar", epochs=30)
+DIGITS = dict(COMMON, batch=64, aug="affine", epochs=15, workers=0)
 DEFAULTS = {
-    ("photos", "CE"): dict(epochs=10, schedule="cosine", weight_decay=[5e-4], batch=256, aug="sup", lr=[0.1]),
-    ("photos", "contrastive"): dict(epochs=100, schedule="step", weight_decay=[0.0], batch=256, aug="sup", lr=[30.0]),
-    ("cifar", "CE"): dict(epochs=30, schedule="cosine", weight_decay=[0.0], batch=128, aug="cifar", lr=[0.1]),
-    ("cifar", "contrastive"): dict(epochs=30, schedule="cosine", weight_decay=[0.0], batch=128, aug="cifar", lr=[30.0]),
-    ("digits", "CE"): dict(epochs=15, schedule="cosine", weight_decay=[0.0], batch=64, aug="affine", lr=[0.1]),
-    ("digits", "contrastive"): dict(epochs=15, schedule="cosine", weight_decay=[0.0], batch=64, aug="affine", lr=[1.0]),
+    ("photos", "classification"): dict(PHOTOS, lr=[0.1], epochs=10, weight_decay=[5e-4]),
+    ("photos", "contrastive"): dict(PHOTOS, lr=[30.0], epochs=100, schedule="step"),
+    ("cifar", "classification"): dict(CIFAR, lr=[0.1]),
+    ("cifar", "contrastive"): dict(CIFAR, lr=[30.0]),
+    ("digits", "classification"): dict(DIGITS, lr=[0.1]),
+    ("digits", "contrastive"): dict(DIGITS, lr=[1.0]),
 }
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    table = "".join(f"  {kind}, {loss}: {row}\n" for (kind, loss), row in DEFAULTS.items())
+    p = argparse.ArgumentParser(description=__doc__, epilog=f"defaults by data and loss:\n{table}",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("backbone", help="backbone.pt of train_rep.py, or another ResNet's checkpoint")
-    p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="which list, drawn how: see above; lt")
-    p.add_argument("--features", choices=("streamed", "cached"), default="streamed", help="see above; streamed, the "
-                   "paper's")
-    p.add_argument("--classifier", choices=("linear", "lws"), default="linear", help="see above; linear")
-    # from the log beside the backbone; to be said of a backbone from elsewhere
-    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="default: in the log beside the backbone")
-    p.add_argument("--dataset", choices=tuple(data.DATASETS), help="default: likewise")
-    p.add_argument("--data", help="the folder that the lists' paths start from; default: likewise")
+    p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="see above: %(default)s")
+    p.add_argument("--features", choices=("streamed", "cached"), default="streamed", help="%(default)s")
+    p.add_argument("--classifier", choices=("linear", "lws"), default="linear", help="%(default)s")
+    # the backbone: by default what the log.jsonl next to it says
+    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="default: the backbone's")
+    p.add_argument("--dataset", choices=tuple(data.DATASETS), help="default: the backbone's")
+    p.add_argument("--data", help="where the lists' paths start; default: the backbone's folder")
     p.add_argument("--loss", choices=("kcl", "cl", "fcl", *LOSSES), metavar="LOSS",
-                   help="of the backbone, default: likewise; decides --epochs, --schedule and --weight-decay")
+                   help="of the backbone; it decides the defaults at the end")
     # data
-    p.add_argument("--list", help="training list of the classifier; default: by --protocol")
-    p.add_argument("--val", help="list that chooses among classifiers; default: the data set's; none: there is none")
-    p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"), help="default: by --protocol")
-    p.add_argument("--aug", choices=data.AUGMENTATIONS, help="sup, CIFAR cifar, digits affine")
-    p.add_argument("--workers", type=int, help="data workers of each rank; digits 0")
+    p.add_argument("--list", help="training list; lt: the backbone's, rep: the balanced one")
+    p.add_argument("--val", help="list that chooses a classifier, or none; default: the data set's")
+    p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"),
+                   help="lt: class, rep: instance")
+    p.add_argument("--aug", choices=data.AUGMENTATIONS, help="augmentation of streamed features")
+    p.add_argument("--workers", type=int, help="data workers per rank")
     # optimisation
-    p.add_argument("--lr", type=float, nargs="+", help=f"{LR_GRID}; --val none: 0.1, after contrastive losses "
-                   "30, digits 1")
-    p.add_argument("--epochs", type=int, help="10, after contrastive losses 100; CIFAR 30; digits 15")
-    p.add_argument("--schedule", choices=("cosine", "step"), help="cosine; photos, contrastive: step, x0.1 at 60, "
-                   "80 %%")
-    p.add_argument("--weight-decay", type=float, nargs="+", help="5e-4, after contrastive losses 0; CIFAR, digits 0")
-    p.add_argument("--batch", type=int, help="images a step over all ranks together: 256, CIFAR 128, digits 64")
-    p.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentations: 0")
+    p.add_argument("--lr", type=float, nargs="+", help=f"{LR_GRID}; with --val none see the end")
+    p.add_argument("--epochs", type=int, help="of the training list")
+    p.add_argument("--schedule", choices=("cosine", "step"), help="step: x0.1 at 60 and 80 %%")
+    p.add_argument("--weight-decay", type=float, nargs="+")
+    p.add_argument("--batch", type=int, help="images per step over all ranks together")
+    p.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentations: %(default)s")
     # the run
-    p.add_argument("--out", type=Path, help="default: <classifier>-<protocol>[-cached] beside a backbone of ours, else "
-                   "below runs/<its name>")
-    p.add_argument("--tensorboard", action="store_true", help="the log also as scalars, in OUT/tensorboard")
-    p.add_argument("--restart", action="store_true", help="throw away what --out holds; else it goes on from there")
-
-    given = p.parse_args()  # parsed three times: the log beside the backbone, then its loss, decide defaults
-    run = checkpoint.settings_of(given.backbone)
-    p.set_defaults(**{name: run.get(name) for name in ("arch", "dataset", "data", "loss")})
+    p.add_argument("--out", type=Path, help="default: see above; below runs/ for a foreign backbone")
+    p.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard as well")
+    p.add_argument("--restart", action="store_true", help="delete what --out holds, do not resume")
     args = p.parse_args()
+
+    # the backbone's settings: where no flag gives them, its run's log does
+    run = checkpoint.settings_of(args.backbone)
+    for name in ("arch", "dataset", "data", "loss"):
+        if getattr(args, name) is None:
+            setattr(args, name, run.get(name))
     missing = [f"--{name}" for name in ("arch", "dataset", "data") if getattr(args, name) is None]
     if missing:
-        sys.exit(f"error: no log.jsonl of train_rep.py beside {args.backbone}; say {' and '.join(missing)}")
-    spec = data.DATASETS[args.dataset]
-    features = "CE" if args.loss in (None, *CLASSIFICATION) else "contrastive"
-    workers = 0 if spec["kind"] == "digits" else min(8, os.cpu_count())
-    p.set_defaults(**DEFAULTS[spec["kind"], features], workers=workers)
-    args = p.parse_args()
+        sys.exit(f"error: no log.jsonl next to {args.backbone}; pass {' and '.join(missing)}")
+    args.data = str(Path(args.data))  # without a slash at the end
 
-    args.data = str(Path(args.data))  # without a last slash
-    args.backbone_list = run.get("list") if args.data == run.get("data") else None
-    if args.backbone_list:
+    # the lists: a half of the classes has its own, in the folder of its training list
+    spec = data.DATASETS[args.dataset]
+    learned = backbone_list(args)
+    if learned:
         checkpoint.same_list(run)
     if args.protocol == "rep":
-        args.list = args.list or data.beside(args.data, args.backbone_list or "", spec["full"])
-    args.list = args.list or args.backbone_list or spec["train"]
+        args.list = args.list or data.beside(args.data, learned or "", spec["full"])
+    args.list = args.list or learned or spec["train"]
     args.val = args.val or data.beside(args.data, args.list, spec["val"])
-    args.sampler = args.sampler or ("instance" if args.protocol == "rep" else "class")
-    if given.lr is None and args.val != "none":
+    args.sampler = args.sampler or {"lt": "class", "rep": "instance"}[args.protocol]
+
+    # the hyper-parameters: where no flag gives them, the table does
+    family = "classification" if args.loss in (None, *CLASSIFICATION) else "contrastive"
+    if args.lr is None and args.val != "none":
         args.lr = LR_GRID
+    for name, value in DEFAULTS[spec["kind"], family].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
     folder = f"{args.classifier}-{args.protocol}"
     if args.features == "cached":
-        args.aug, folder = None, f"{folder}-cached"
-    home = Path(args.backbone).parent if run else Path("runs") / Path(args.backbone).stem
-    args.out = args.out or home / folder
+        args.aug = None
+        folder += "-cached"
+    parent = Path(args.backbone).parent if run else Path("runs", Path(args.backbone).stem)
+    args.out = args.out or parent / folder
 
-    why = f"the backbone's --loss is {args.loss}"
-    if args.loss is None:
-        why = "nothing is known of the backbone; after a contrastive loss say --loss cl"
-    ddp.print0(f"{args.protocol} on {args.list}, {args.sampler} sampling; settings for {features} features ({why}): "
-               f"{args.epochs} epochs, {args.schedule}, weight decay {args.weight_decay}")
+    loss = args.loss or "unknown: if it is contrastive, pass --loss cl"
+    ddp.print0(f"{args.protocol} on {args.list}, {args.sampler} sampling, with the settings for a "
+               f"{family} loss (the backbone's is {loss}): {args.epochs} epochs, "
+               f"{args.schedule}, weight decay {args.weight_decay}")
     return args
 
 
+def backbone_list(args):
+    """The list that the backbone was trained on, or None if it is unknown or not one of --data."""
+    run = checkpoint.settings_of(args.backbone)
+    return run.get("list") if run.get("data") == args.data else None
+
+
 class ScaledHead(nn.Module):
-    """LWS (Kang et al. 2020, sec. 4): a fixed joint head, weight (C, D) and bias (C,), times one learned scale a class
-    (C,) that starts at 1. The bias is scaled too, as in the authors' code."""
+    """LWS (Kang et al. 2020, sec. 4): a fixed joint head, weight (C, D) and bias (C,), times one learned scale per
+    class (C,), which starts at 1. The bias is scaled too, as in the authors' code."""
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -142,15 +159,15 @@ class ScaledHead(nn.Module):
 
 
 class Heads(nn.ModuleList):
-    """M classifiers on the same features, (B, D) -> [(B, C)] * M. One matmul for all would round otherwise than each
-    alone, and a large learning rate blows that up."""
+    """M classifiers on the same features, (B, D) -> [(B, C)] * M. One matmul for all would round differently from M
+    separate ones, and a large learning rate amplifies that."""
 
     def forward(self, x):
         return [head(x) for head in self]
 
 
 def linear_heads(M, D, C):
-    """M linear classifiers with one start for all: weights ~ N(0, 0.01), as MoCo's linear protocol, biases 0."""
+    """M linear classifiers that start alike: weights ~ N(0, 0.01), as in MoCo's linear protocol, and biases 0."""
     weight = torch.randn(C, D) * 0.01
     heads = Heads(nn.Linear(D, C) for _ in range(M))
     for head in heads:
@@ -160,46 +177,70 @@ def linear_heads(M, D, C):
 
 
 def cached_batches(features, labels, draws):
-    """The batches of data.train_loader in an epoch, with features (b, D) in the place of images."""
+    """The batches of data.train_loader for one epoch, with features (b, D) instead of images."""
     index = torch.tensor([i for i, _ in draws], device=features.device)
     for i in index.split(draws.per_rank):
         yield [features[i]], labels[i], i
 
 
-def val_images(args, spec, C):
-    """The validation images; neither the backbone nor the classifier may have seen them."""
+def val_images(args, learned, C):
+    """The validation images. Neither the backbone nor the classifier may have been trained on one of them."""
     if args.val == "none":
-        sys.exit("error: several classifiers need a --val that chooses; or give one --lr and one --weight-decay")
-    for trained_on in {args.list, args.backbone_list or args.list}:
+        sys.exit("error: several classifiers need a --val that chooses; or pass one --lr and --weight-decay")
+    for trained_on in {args.list, learned or args.list}:
         data.refuse_overlap(args.data, trained_on, args.val)
-    val = data.ImageList(args.data, args.val, spec)
+    val = data.ImageList(args.data, args.val, data.DATASETS[args.dataset])
     if val.labels.max() >= C:
-        sys.exit(f"error: {args.val} has labels up to {val.labels.max()}, {args.list} only up to {C - 1}")
+        sys.exit(f"error: {args.val} has labels up to {val.labels.max()}, "
+                 f"{args.list} only up to {C - 1}")
     return val
 
 
 def learning_rate(base, schedule, t):
-    """At t = epoch / epochs; cosine reaches 0 after the last epoch, step is MoCo's 60 and 80 of 100."""
-    return base * (0.5 * (1 + math.cos(math.pi * t)) if schedule == "cosine" else 0.1 ** ((t >= 0.6) + (t >= 0.8)))
+    """At t = epoch / epochs. Cosine reaches 0 after the last epoch; step is MoCo's: x0.1 at 60 and at 80 of 100."""
+    if schedule == "cosine":
+        return base * 0.5 * (1 + math.cos(math.pi * t))
+    return base * 0.1 ** ((t >= 0.6) + (t >= 0.8))
 
 
-def hand_on(args, classifier, chosen, val_top1):
-    """Write head.pt, which says that the run is finished."""
-    counts_of = args.list  # its class sizes make many / medium / few
-    if args.backbone_list and Path(args.backbone_list).parent == Path(args.list).parent:
-        counts_of = args.backbone_list  # what the backbone has seen, if of the same classes
+def choose(heads, pairs, features, labels, args):
+    """The index of the classifier with the best top-1 on the validation features (N, D), and that top-1. Among equals
+    the smallest learning rate wins, then the smallest weight decay."""
+    hits = [(head(features).argmax(1) == labels).sum() for head in heads]
+    top1 = [(n / len(labels)).item() for n in hits]
+    cells = [f"{100 * x:.1f} (lr {lr:g}, weight decay {decay:g})" for x, (lr, decay) in zip(top1, pairs)]
+    ddp.print0(f"top-1 on {args.val}: {', '.join(cells)}")
+
+    best = max(range(len(pairs)), key=lambda m: (top1[m], -pairs[m][0], -pairs[m][1]))
+    best_lrs = {lr for x, (lr, _) in zip(top1, pairs) if x == top1[best]}  # several if they tie
+    if len(args.lr) > 1 and best_lrs in ({min(args.lr)}, {max(args.lr)}):
+        ddp.print0(f"lr {pairs[best][0]:g} is an end of the grid; one beyond it may do better")
+    return best, top1[best]
+
+
+def save_results(args, learned, classifier, chosen, val_top1):
+    """Write head.pt, which marks the run as finished."""
+    # many / medium / few go by what the backbone has seen, unless its list has other classes
+    counts_of = args.list
+    if learned and Path(learned).parent == Path(args.list).parent:
+        counts_of = learned
     counts = data.read_list(args.data, counts_of)[1].bincount(minlength=len(classifier.bias))
-    how = f"{args.protocol}, cached features" if args.features == "cached" else args.protocol
+
+    protocol = args.protocol + ", cached features" * (args.features == "cached")
     spec, backbone = data.DATASETS[args.dataset], Path(args.backbone).resolve()
     checkpoint.save({
-        "weight": classifier.weight.detach().cpu().clone(), "bias": classifier.bias.detach().cpu().clone(),
-        "backbone": os.path.relpath(args.backbone, args.out), "arch": args.arch, "dataset": args.dataset,
-        "data": args.data, "list": args.list, "counts": counts.tolist(), "counts_of": counts_of,
+        "weight": classifier.weight.detach().cpu().clone(),
+        "bias": classifier.bias.detach().cpu().clone(),
+        "backbone": os.path.relpath(args.backbone, args.out),
+        "arch": args.arch, "dataset": args.dataset, "data": args.data, "list": args.list,
+        "counts": counts.tolist(), "counts_of": counts_of,
         "list_sha256": checkpoint.sha256(data.find_list(args.data, counts_of)),
         "name": backbone.parent.name if backbone.name == "backbone.pt" else backbone.stem,
         "chosen": chosen, "val_top1": val_top1,
-        "protocol": f"{how}: {args.classifier} on {args.list}, {args.sampler} sampling, {args.epochs} epochs",
-        **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}}, args.out / "head.pt")
+        "protocol": f"{protocol}: {args.classifier} on {args.list}, {args.sampler} sampling, "
+                    f"{args.epochs} epochs",
+        **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}},
+        args.out / "head.pt")
     (args.out / "ckpt.pt").unlink(missing_ok=True)
     print(f"classifier in {args.out / 'head.pt'} ({chosen})")
 
@@ -209,21 +250,29 @@ def main():
     args = parse_args()
     spec = data.DATASETS[args.dataset]
     cached = args.features == "cached"
+    learned = backbone_list(args)
 
     # data
     dataset = data.ImageList(args.data, args.list, spec, args.aug)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     C, steps = len(draws.counts), len(dataset) // args.batch
-    if args.protocol == "rep" and draws.counts.max() > 2 * draws.counts.min():  # ImageNet: 732 to 1,300
-        ddp.print0(f"{args.list} is not balanced ({draws.counts.min()} to {draws.counts.max()} images a class), so "
-                   "beta is not that of the features alone")
-    pairs = list(itertools.product(args.lr, args.weight_decay))           # one classifier each
-    val = val_images(args, spec, C) if len(pairs) > 1 else None
-    header = checkpoint.header(args, list_sha256=checkpoint.sha256(data.find_list(args.data, args.list)),
+    smallest, largest = draws.counts.min(), draws.counts.max()
+    if args.protocol == "rep" and largest > 2 * smallest:  # ImageNet has 732 to 1,300 images per class
+        ddp.print0(f"{args.list} is not balanced ({smallest} to {largest} images per class), "
+                   "so beta is not that of the features alone")
+
+    # one classifier per pair; if there are several, only images that nothing was trained on may choose
+    pairs = list(itertools.product(args.lr, args.weight_decay))           # M of them
+    val = val_images(args, learned, C) if len(pairs) > 1 else None
+
+    # resume, or begin
+    header = checkpoint.header(args, backbone_list=learned,
+                               list_sha256=checkpoint.sha256(data.find_list(args.data, args.list)),
                                backbone_sha256=checkpoint.sha256(args.backbone))
     ckpt = checkpoint.resume(args.out, header["settings"], "head.pt", args.restart)
+    begin = ckpt["epoch"] if ckpt else 0
 
-    # model
+    # the frozen backbone: eval() also stops BatchNorm's statistics, which requires_grad does not
     backbone = load_backbone(args.backbone, args.arch).to(device, memory_format=torch.channels_last)
     backbone.eval().requires_grad_(False)
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
@@ -236,6 +285,7 @@ def main():
     def features_of(images):                                              # a list -> (N, D)
         return data.encode_all(encode, images, D, args.batch, args.workers, device)
 
+    # the classifiers: a parameter group each, since SGD takes one lr and one weight decay per group
     torch.manual_seed(args.seed)
     if args.classifier == "lws":
         joint = checkpoint.read_head(Path(args.backbone).with_name("head.pt"))
@@ -243,69 +293,73 @@ def main():
     else:
         heads = linear_heads(len(pairs), D, C)
     net = ddp.wrap(heads.to(device))
-    parameters = [{"params": head.parameters(), "weight_decay": decay} for head, (_, decay) in zip(heads, pairs)]
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, fused=True)
-    begin = ckpt["epoch"] if ckpt else 0
+    groups = [{"params": head.parameters(), "weight_decay": decay}
+              for head, (_, decay) in zip(heads, pairs)]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
     if ckpt:
         heads.load_state_dict(ckpt["heads"])
         optimizer.load_state_dict(ckpt["optimizer"])
         ddp.print0(f"{args.out}: resuming after epoch {begin} of {args.epochs}")
 
-    # train
+    # the features: all at once, or batch by batch below
     if cached:
         cache, cache_labels = features_of(dataset), dataset.labels.to(device)
     else:
         loader = data.train_loader(dataset, draws, args.workers, device)
+
+    # train
     if ddp.rank() == 0:
-        log = checkpoint.open_log(args.out, header, begin * steps if ckpt else None, args.tensorboard)
+        log = checkpoint.open_log(args.out, header, begin * steps or None, args.tensorboard)
+    bar = tqdm(range(begin, args.epochs), desc=str(args.out), unit="epoch",
+               disable=ddp.rank() > 0 or None)                            # None: no bar in a file
     saved = time.time()
-    for epoch in tqdm(range(begin, args.epochs), desc=str(args.out), unit="epoch", disable=ddp.rank() > 0 or None):
+    for epoch in bar:
         draws.set_epoch(epoch)
         for group, (lr, _) in zip(optimizer.param_groups, pairs):
             group["lr"] = learning_rate(lr, args.schedule, epoch / args.epochs)
-        since, total = time.time(), torch.zeros(len(pairs), device=device)
+        total, since = torch.zeros(len(pairs), device=device), time.time()
 
         for (view,), labels, _ in cached_batches(cache, cache_labels, draws) if cached else loader:
             labels = labels.to(device, non_blocking=True)                 # (b,)
             features = view if cached else encode(view)                   # (b, D)
-            losses = torch.stack([F.cross_entropy(logits, labels) for logits in net(features)])  # (M,)
+            losses = torch.stack([F.cross_entropy(z, labels) for z in net(features)])     # (M,)
             optimizer.zero_grad()
-            losses.sum().backward()
+            losses.sum().backward()                                       # a head's gradient is its own loss's
             optimizer.step()
             total += losses.detach()
 
         torch.distributed.all_reduce(total)
         if ddp.rank() == 0:
-            log({"epoch": epoch, "step": (epoch + 1) * steps, "lr": [g["lr"] for g in optimizer.param_groups],
-                 "weight_decay": [g["weight_decay"] for g in optimizer.param_groups],
-                 "loss": (total / steps / ddp.world()).tolist(),
-                 "images_per_s": steps * args.batch / (time.time() - since)})
+            line = {"epoch": epoch, "step": (epoch + 1) * steps,
+                    "lr": [group["lr"] for group in optimizer.param_groups],
+                    "weight_decay": [group["weight_decay"] for group in optimizer.param_groups],
+                    "loss": (total / steps / ddp.world()).tolist(),
+                    "images_per_s": steps * args.batch / (time.time() - since)}
+            log(line)
+            if not sys.stderr.isatty():                                   # Slurm, nohup, CI: no bar
+                losses = " ".join(f"{loss:.3f}" for loss in line["loss"])
+                print(f"epoch {epoch + 1} of {args.epochs}: loss {losses}", flush=True)
             if time.time() - saved >= checkpoint.SAVE_EVERY:
                 checkpoint.save({"epoch": epoch + 1, "heads": heads.state_dict(),
                                  "optimizer": optimizer.state_dict()}, args.out / "ckpt.pt")
                 saved = time.time()
 
-    changed = [name for name, x in backbone.state_dict().items() if not torch.equal(x, before[name])]
+    after = backbone.state_dict()
+    changed = [name for name, x in before.items() if not torch.equal(x, after[name])]
     assert not changed, f"the frozen backbone changed: {changed}"
 
-    # choose
-    best, top1, by = 0, [None], "given"
+    # choose among the classifiers
+    best, val_top1, reason = 0, None, "given"
     if val:
-        features, labels = features_of(val), val.labels.to(device)
-        top1 = [((head(features).argmax(1) == labels).sum() / len(val)).item() for head in heads]
-        best = max(range(len(pairs)), key=lambda i: (top1[i], -pairs[i][0], -pairs[i][1]))
-        by = f"chosen on {args.val}"
-        cells = [f"{100 * a:.1f} (lr {lr:g}, weight decay {decay:g})" for a, (lr, decay) in zip(top1, pairs)]
-        ddp.print0(f"top-1 on {args.val}: {', '.join(cells)}")
-        best_lrs = {lr for a, (lr, _) in zip(top1, pairs) if a == max(top1)}                     # several: a tie
-        if len(args.lr) > 1 and best_lrs in ({min(args.lr)}, {max(args.lr)}):
-            ddp.print0(f"lr {pairs[best][0]:g} is an end of the grid; one beyond it may do better")
+        best, val_top1 = choose(heads, pairs, features_of(val), val.labels.to(device), args)
+        reason = f"chosen on {args.val}"
     lr, decay = pairs[best]
     if not heads[best].weight.isfinite().all():
         sys.exit(f"error: the classifier is not finite with learning rate {lr:g}; try a smaller --lr")
     if ddp.rank() == 0:
-        log({"step": args.epochs * steps, "lr": lr, "weight_decay": decay, "val_top1": top1[best]})
-        hand_on(args, heads[best], f"lr {lr:g}, weight decay {decay:g} {by}", top1[best])
+        log({"step": args.epochs * steps, "lr": lr, "weight_decay": decay, "val_top1": val_top1})
+        chosen = f"lr {lr:g}, weight decay {decay:g} {reason}"
+        save_results(args, learned, heads[best], chosen, val_top1)
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def test_two_ranks_train_as_one(linear, ranks, run, digits, tmp_path):
 
 
 def test_a_backbone_that_changes_is_noticed(linear, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "eval", lambda self: self)       # BatchNorm goes on counting
+    monkeypatch.setattr(torch.nn.Module, "eval", lambda self: self)       # BatchNorm keeps counting
     with pytest.raises(AssertionError, match="the frozen backbone changed: .'bn1.running_mean"):
         linear("--lr", 1)
 
@@ -206,25 +206,69 @@ def test_defaults_are_those_of_the_data_set_and_the_loss(parsed, tmp_path):
     assert (args.epochs, args.schedule, args.weight_decay, args.batch, args.aug) == (100, "step", [0.0], 256, "sup")
     assert (args.list, args.sampler, args.val) == ("ImageNet_LT_train.txt", "class", "ImageNet_LT_val.txt")
     assert args.lr == train_linear.LR_GRID and args.out == tmp_path / "linear-lt"
-    assert printed == ("lt on ImageNet_LT_train.txt, class sampling; settings for contrastive features (the backbone's "
-                       "--loss is kcl): 100 epochs, step, weight decay [0.0]\n")
+    assert printed == ("lt on ImageNet_LT_train.txt, class sampling, with the settings for a contrastive loss (the backbone's "
+                       "is kcl): 100 epochs, step, weight decay [0.0]\n")
     args, printed = parsed({**lt, "loss": "ce"}, "--protocol", "rep", "--features", "cached", "--lr", "1")
     assert (args.epochs, args.schedule, args.weight_decay, args.lr) == (10, "cosine", [5e-4], [1.0])
     assert (args.list, args.sampler, args.aug) == ("train_full.txt", "instance", None)
-    assert args.out == tmp_path / "linear-rep-cached" and "for CE features (the backbone's --loss is ce): 10 epochs" in printed
+    assert args.out == tmp_path / "linear-rep-cached" and "for a classification loss (the backbone's is ce): 10 epochs" in printed
     foreign = ("--arch", "resnet50", "--dataset", "imagenet", "--data", "X")
     args, printed = parsed({}, *foreign)
-    assert args.epochs == 10 and "CE features (nothing is known of the backbone; after a contrastive loss say --loss cl)" in printed
+    assert args.epochs == 10 and "(the backbone's is unknown: if it is contrastive, pass --loss cl)" in printed
     assert parsed({}, *foreign, "--loss", "cl")[0].epochs == 100
     cifar, _ = parsed({**lt, "dataset": "cifar10", "loss": "fcl"})
     assert (cifar.epochs, cifar.batch, cifar.lr, cifar.val) == (30, 128, [30.0], "none")  # nothing that could choose
+
+
+@pytest.mark.parametrize("val", ["val.txt", "none"])
+@pytest.mark.parametrize("kind, loss", train_linear.DEFAULTS)
+def test_each_default_is_its_tables_and_a_flag_wins(parsed, kind, loss, val):
+    """As the log says what the backbone is, and as flags do."""
+    row = train_linear.DEFAULTS[kind, loss]
+    assert set(row) == {"epochs", "batch", "lr", "schedule", "weight_decay", "aug", "workers"}
+    settings = dict(arch="resnet8", dataset={"photos": "inat18", "cifar": "cifar100", "digits": "digits"}[kind], data="X",
+                    loss={"classification": "ldam", "contrastive": "fcl"}[loss])
+    flags = [word for name, x in settings.items() for word in (f"--{name}", x)]
+    foreign = parsed({}, *flags, "--val", val)[0]
+    other = {"arch": "resnet50", "dataset": "places365", "data": "Y", "loss": "cl"}
+    for args in (parsed(settings, "--val", val)[0], foreign, parsed(other, *flags, "--val", val)[0]):
+        lr = row["lr"] if val == "none" else train_linear.LR_GRID
+        assert {name: getattr(args, name) for name in (*settings, *row)} == {**settings, **row, "lr": lr}
+    hand = {"epochs": 7, "batch": 9, "lr": [0.2], "schedule": {"cosine": "step", "step": "cosine"}[row["schedule"]],
+            "weight_decay": [0.3], "aug": "moco", "workers": 3}
+    flags = [str(word) for name, x in hand.items() for word in (f"--{name.replace('_', '-')}", x[0] if isinstance(x, list) else x)]
+    args, _ = parsed(settings, "--val", val, *flags)
+    assert {name: getattr(args, name) for name in row} == hand
+
+
+def test_the_table_of_defaults():
+    """The numbers themselves, since the test above takes them from the table."""
+    names = ("epochs", "batch", "lr", "schedule", "weight_decay", "aug")
+    assert {key: tuple(row[name] for name in names) for key, row in train_linear.DEFAULTS.items()} == {
+        ("photos", "classification"): (10, 256, [0.1], "cosine", [5e-4], "sup"),
+        ("photos", "contrastive"): (100, 256, [30.0], "step", [0.0], "sup"),
+        ("cifar", "classification"): (30, 128, [0.1], "cosine", [0.0], "cifar"),
+        ("cifar", "contrastive"): (30, 128, [30.0], "cosine", [0.0], "cifar"),
+        ("digits", "classification"): (15, 64, [0.1], "cosine", [0.0], "affine"),
+        ("digits", "contrastive"): (15, 64, [1.0], "cosine", [0.0], "affine")}
+    assert [row["workers"] for row in train_linear.DEFAULTS.values()] == [data.workers_per_rank()] * 4 + [0] * 2
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_losses_are_printed_where_there_is_no_bar(linear, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    _, _, out = linear("--features", "cached", "--lr", 0.1, 1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    losses = [line["loss"] for line in logged(out)[1:3]]
+    expected = [f"epoch {i} of 2: loss {a:.3f} {b:.3f}" for i, (a, b) in enumerate(losses, 1)]
+    assert lines == ([] if terminal else expected)
 
 
 @pytest.mark.parametrize("flags, counts_of", [
     (("--protocol", "rep"), "train_lt.txt"), (("--list", "train_lt4.txt"), "train_lt.txt"),
     (("--list", "overlap_source/train_lt.txt"), "overlap_source/train_lt.txt")])
 def test_groups_are_made_by_what_the_backbone_has_seen(script, digits, run, tmp_path, monkeypatch, flags, counts_of):
-    """But for a half of the classes, which the backbone's list numbers in another way."""
+    """Except for a half of the classes, which the backbone's list numbers in another way."""
     monkeypatch.setattr(data, "encode_all", lambda encode, dataset, D, batch, workers, device:
                         torch.zeros(len(dataset), D, device=device))
     (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
@@ -236,6 +280,7 @@ def test_groups_are_made_by_what_the_backbone_has_seen(script, digits, run, tmp_
     head = torch.load(tmp_path / "out/head.pt", weights_only=True)
     labels = [int(line.split()[1]) for line in (digits / counts_of).read_text().splitlines()]
     assert head["counts"] == np.bincount(labels).tolist() and head["counts_of"] == counts_of
+    assert logged(tmp_path / "out")[0]["settings"]["backbone_list"] == "train_lt.txt"
     assert head["list_sha256"] == checkpoint.sha256(digits / counts_of) and head["backbone"] == "../backbone.pt"
 
 
@@ -278,7 +323,7 @@ def test_a_list_that_has_changed_since_the_training_is_noticed(tmp_path):
 
 def test_the_list_of_the_backbone_is_the_one_it_was_trained_on(script, digits, run, tmp_path):
     (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
-    with pytest.raises(SystemExit, match="no log.jsonl of train_rep.py beside .*; say --arch and --dataset and --data"):
+    with pytest.raises(SystemExit, match="no log.jsonl next to .*; pass --arch and --dataset and --data"):
         script(train_linear, tmp_path / "backbone.pt")
     seen = (digits / "train_lt.txt").read_text() + (digits / "val.txt").read_text()
     for text, sentence in (("", "train_lt.txt is another list than the one that was trained on"), (seen, "are in the training list")):
@@ -291,7 +336,7 @@ def test_the_list_of_the_backbone_is_the_one_it_was_trained_on(script, digits, r
             script(train_linear, tmp_path / "backbone.pt", "--list", run / "small.txt")
 
 
-# ---- going on
+# ---- resuming
 
 @pytest.mark.parametrize("world, how", [(1, ()), (1, ("--features", "cached", "--sampler", "progressive")), (2, ())])
 def test_resumed_classifier_equals_the_undisturbed_one(script, ranks, run, digits, tmp_path, monkeypatch, capsys, world, how):
@@ -310,7 +355,7 @@ def test_resumed_classifier_equals_the_undisturbed_one(script, ranks, run, digit
     assert torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)["epoch"] == 2
     assert len(logged(tmp_path / "killed")) == 3 and not (tmp_path / "killed/head.pt").exists()
     printed = train(tmp_path / "killed") or capsys.readouterr().out
-    assert "going on after epoch 2 of 3" in printed
+    assert "resuming after epoch 2 of 3" in printed
 
     heads = [torch.load(tmp_path / out / "head.pt", weights_only=True) for out in ("straight", "killed")]
     assert torch.equal(heads[0]["weight"], heads[1]["weight"]) and torch.equal(heads[0]["bias"], heads[1]["bias"])

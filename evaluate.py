@@ -2,16 +2,16 @@
 Stage 3: accuracy (all, many / medium / few) and balancedness of classifiers, side by side, on the test list.
 
     python evaluate.py runs/digits-lt-ce-seed0/head.pt runs/digits-lt-kcl-seed0/linear-lt/head.pt
-    python evaluate.py runs/digits-lt-ce-seed0/head.pt --tau-norm --ncm    # two rows more: the head tau-normalised, and
-                                                                           # nearest class means of its features
-    torchrun --nproc_per_node=8 evaluate.py runs/imagenet-...-kcl-seed0-8ranks/linear-lt/head.pt
+    python evaluate.py runs/digits-lt-ce-seed0/head.pt --tau-norm --ncm    # two more rows: the head tau-normalised, and
+                                                                           # the nearest class mean of its features
+    torchrun --nproc_per_node=8 evaluate.py runs/imagenet-ImageNet_LT_train-kcl-seed0/linear-lt/head.pt
 
 Balancedness (beta, eq. 3) says how equal the accuracies of the classes are on the test list. The paper measures it for
 a feature space (Figs 2, 4) with a linear classifier trained on the balanced set: `train_linear.py --protocol rep`. For
 any other head, beta describes features and classifier together.
 
-Prints one table and writes eval.json beside each head: accuracies in [0, 1], null for an empty group. Runs that differ
-in their seed alone get a line with mean +- standard deviation. tools/plots.py draws what is written.
+Prints one table and writes eval.json next to each head: accuracies in [0, 1], null for an empty group. Runs that differ
+only in their seed get an extra row with mean +- standard deviation. tools/plots.py draws what is written.
 """
 import argparse
 import json
@@ -46,27 +46,31 @@ def balancedness(acc, sigma=0.1):
     return float(np.exp(-(a[:, None] - a) ** 2 / sigma).mean())
 
 
-def group_accuracy(acc, counts):
-    """{many, medium, few}: mean accuracy of each group's classes, by training images counts (C,); None if empty."""
-    acc, group = np.asarray(acc), np.array(data.groups(counts))
-    return {name: float(acc[group == name].mean()) if name in group else None for name in ("many", "medium", "few")}
+def group_accuracy(acc, class_sizes):
+    """{many, medium, few}: mean accuracy of a group's classes, or None. class_sizes (C,): training images per class."""
+    acc, group_of = np.asarray(acc), np.array(data.groups(class_sizes))
+    means = dict.fromkeys(("many", "medium", "few"))
+    for name in set(group_of):
+        means[name] = float(acc[group_of == name].mean())
+    return means
 
 
-def hits(logits, labels):
+def count_hits(logits, labels):
     """Per class: images, top-1 hits, top-5 hits; (3, C) float64. logits (n, C), labels (n,)."""
     C = logits.shape[1]
-    hit = logits.topk(min(5, C)).indices == labels[:, None]               # (n, 5)
-    of_each = torch.stack([torch.ones_like(labels), hit[:, 0], hit.any(1)]).double()             # (3, n)
-    counts = torch.zeros(3, C, dtype=torch.float64, device=labels.device).index_add_(1, labels, of_each)
-    return counts.cpu()
+    top5 = logits.topk(min(5, C)).indices == labels[:, None]              # (n, 5)
+    per_image = torch.stack([torch.ones_like(labels), top5[:, 0], top5.any(1)])           # (3, n)
+    hits = torch.zeros(3, C, dtype=torch.float64, device=labels.device)
+    return hits.index_add_(1, labels, per_image.double()).cpu()
 
 
-def scores(counts, class_sizes, sigma):
-    """What eval.json holds of the numbers (3, C) of hits()."""
-    n, top1, top5 = counts.numpy()
+def scores(hits, class_sizes, sigma):
+    """What eval.json holds of the hits (3, C) that count_hits returns."""
+    n, top1, top5 = hits.numpy()
     acc = top1 / n
     return {"top1": float(top1.sum() / n.sum()), "top5": float(top5.sum() / n.sum()),
-            **group_accuracy(acc, class_sizes), "balancedness": balancedness(acc, sigma), "sigma": sigma,
+            **group_accuracy(acc, class_sizes),
+            "balancedness": balancedness(acc, sigma), "sigma": sigma,
             "std": float(acc.std()), "per_class": acc.tolist(), "images": int(n.sum())}
 
 
@@ -78,14 +82,17 @@ def tau_normalize(weight, tau):
 
 
 def choose_tau(weight, features, labels):
-    """The tau of TAUS with the most top-1 hits on the validation features (n, D), the smallest of equals."""
-    correct = [hits(features @ tau_normalize(weight, tau).T, labels)[1].sum().item() for tau in TAUS]
-    return TAUS[int(np.argmax(correct))]
+    """The tau of TAUS with the most top-1 hits on the validation features (n, D). Among equals the smallest."""
+    hits = []
+    for tau in TAUS:
+        logits = features @ tau_normalize(weight, tau).T
+        hits.append(count_hits(logits, labels)[1].sum().item())
+    return TAUS[int(np.argmax(hits))]
 
 
 def class_means(features, labels, C):
-    """Nearest class mean (Kang et al. 2020, sec. 4) as a linear head without a bias: the unit means (C, D) of each
-    class' unit features (n, D). The largest logit is the largest cosine."""
+    """Nearest class mean (Kang et al. 2020, sec. 4) as a linear head without a bias: per class the unit mean (C, D) of
+    its unit features (n, D). The largest logit is the largest cosine."""
     total = torch.zeros(C, features.shape[1], device=features.device)
     return F.normalize(total.index_add_(0, labels, F.normalize(features)))
 
@@ -93,8 +100,10 @@ def class_means(features, labels, C):
 # ---- heads and their features
 
 def load_head(path, root=None, groups=None):
-    """A head.pt, its path, and its backbone's. root, groups: another data folder, another list whose class sizes make
-    many / medium / few."""
+    """A head.pt, with its own path and that of its backbone.
+
+    root: another data folder. groups: another list, whose class sizes make many / medium / few.
+    """
     path = Path(path)
     if path.is_dir():
         ddp.print0(f"{path} is a folder: taking the head.pt in it")
@@ -102,148 +111,181 @@ def load_head(path, root=None, groups=None):
     head = checkpoint.read_head(path)
     if root is None:
         checkpoint.same_list(head)
-    head |= {"path": path, "backbone": (path.parent / head["backbone"]).resolve(), "data": root or head["data"]}
+    head["path"] = path
+    head["backbone"] = (path.parent / head["backbone"]).resolve()
+    head["data"] = root or head["data"]
 
     if groups:
         head["counts"] = data.read_list(head["data"], groups)[1].bincount().tolist()
         head["counts_of"] = groups
     if len(head["counts"]) != len(head["weight"]):
-        sys.exit(f"error: {path} has {len(head['weight'])} classes, {head['counts_of']} {len(head['counts'])}; name "
-                 "the training list of these classes with --groups")
+        sys.exit(f"error: {path} has {len(head['weight'])} classes, {head['counts_of']} has "
+                 f"{len(head['counts'])}; pass the training list of these classes with --groups")
     return head
 
 
 def images_of(head, name):
-    """The images of a list. Exits where its classes are not those of the head, each with an image."""
+    """The images of a list. Exits unless it has images of each of the head's classes, and of no other class."""
     dataset = data.ImageList(head["data"], name, head)
     n, C = dataset.labels.bincount(), len(head["weight"])
     if len(n) != C or not n.all():
-        sys.exit(f"error: {name} must hold all {C} classes of {head['path']}, and no other; its labels go up to "
-                 f"{len(n) - 1}, its smallest class, {n.argmin()}, has {n.min()} images")
+        sys.exit(f"error: {name} must hold all {C} classes of {head['path']}, and no other; its "
+                 f"labels go up to {len(n) - 1}, and class {n.argmin()} has {n.min()} images")
     return dataset
 
 
 def evaluate(heads, args, device):
     """The table's rows for heads of one backbone, which encodes each list once: 50,000 x 2048 x 4 B = 0.4 GB for the
     test list of ImageNet."""
-    backbone = load_backbone(heads[0]["backbone"], heads[0]["arch"])
+    first = heads[0]
+    backbone = load_backbone(first["backbone"], first["arch"])
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
+    workers = args.workers
+    if workers is None:
+        workers = 0 if first["dataset"] == "digits" else data.workers_per_rank()
     encoded, rows = {}, []
 
     def encode(images):                                                   # (b, 3, H, W) uint8 -> (b, D)
-        return backbone(data.normalize(images, heads[0]["mean"], heads[0]["std"], device))
+        return backbone(data.normalize(images, first["mean"], first["std"], device))
 
     def features_of(dataset):                                             # (N, D), and labels (N,)
         if dataset.name not in encoded:
-            D = heads[0]["weight"].shape[1]
-            features = data.encode_all(encode, dataset, D, args.batch, args.workers, device)
+            D = first["weight"].shape[1]
+            features = data.encode_all(encode, dataset, D, args.batch, workers, device)
             encoded[dataset.name] = features, dataset.labels.to(device)
         return encoded[dataset.name]
 
     for head in heads:
-        W, bias = head["weight"].to(device), head["bias"].to(device)
-        classifiers = [("eval.json", head["protocol"], head.get("chosen", ""), W, bias)]
+        # the classifiers of this head: itself, and what needs no training
+        weight = head["weight"].to(device)                                # (C, D)
+        classifiers = [("eval.json", head["protocol"], head.get("chosen", ""),
+                        weight, head["bias"].to(device))]
         if "val" in head:
-            tau = choose_tau(W, *features_of(head["val"]))
+            tau = choose_tau(weight, *features_of(head["val"]))
             classifiers.append(("eval_tau_norm.json", f"tau-norm of {head['protocol']}",
-                                f"tau {tau:g} chosen on {head['val'].name}", tau_normalize(W, tau), 0))
-        if args.ncm and head is heads[0]:
-            means = class_means(*features_of(images_of(head, head["counts_of"])), len(W))
+                                f"tau {tau:g} chosen on {head['val'].name}",
+                                tau_normalize(weight, tau), 0))
+        if args.ncm and head is first:
+            means = class_means(*features_of(images_of(head, head["counts_of"])), len(weight))
             classifiers.append(("eval_ncm.json", f"NCM on {head['counts_of']}", "", means, 0))
 
         features, labels = features_of(head["test"])
         for file, protocol, chosen, weight, bias in classifiers:
-            counts = hits(features @ weight.T + bias, labels)
+            hits = count_hits(features @ weight.T + bias, labels)
             rows.append({"run": head["name"], "protocol": protocol, "chosen": chosen,
-                         **scores(counts, head["counts"], args.sigma), "list": head["test"].name,
-                         "counts": head["counts"], "counts_of": head["counts_of"], "head": str(head["path"])})
+                         **scores(hits, head["counts"], args.sigma), "list": head["test"].name,
+                         "counts": head["counts"], "counts_of": head["counts_of"],
+                         "head": str(head["path"])})
             if ddp.rank() == 0:
-                unfinished = head["path"].with_name(f"{file}.tmp")
-                unfinished.write_text(json.dumps(rows[-1], indent=1) + "\n")
-                os.replace(unfinished, head["path"].with_name(file))
+                temporary = head["path"].with_name(f"{file}.tmp")
+                temporary.write_text(json.dumps(rows[-1], indent=1) + "\n")
+                os.replace(temporary, head["path"].with_name(file))
     return rows
 
 
 # ---- the table
 
 def over_seeds(rows):
-    """[(run without its seed, protocol, rows)]: rows that differ in the seed of their run alone, together."""
-    same = {}
+    """[(run without its seed, protocol, rows)]: rows that differ only in the seed of their run, together."""
+    together = {}
     for row in rows:
-        same.setdefault((re.sub(r"-seed\d+", "", row["run"]), row["protocol"]), []).append(row)
-    return [(run, protocol, group) for (run, protocol), group in same.items()]
+        key = re.sub(r"-seed\d+", "", row["run"]), row["protocol"]
+        together.setdefault(key, []).append(row)
+    return [(*key, group) for key, group in together.items()]
 
 
 def cell(rows, column):
-    """A number of the table: of one row, or mean +- standard deviation of several."""
-    x = [row[column] for row in rows]
-    if None in x:
+    """A number of the table: the value of one row, or mean +- standard deviation of several."""
+    values = [row[column] for row in rows]
+    if None in values:
         return "-"
-    scale, digits = (1, 3) if column == "balancedness" else (100, 1)
-    text = f"{scale * np.mean(x):.{digits}f}"
-    return text if len(x) == 1 else f"{text} +- {scale * np.std(x, ddof=1):.{digits}f}"
+    scale, digits = (1, 3) if column == "balancedness" else (100, 1)      # the others are in percent
+    text = f"{scale * np.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" +- {scale * np.std(values, ddof=1):.{digits}f}"
+    return text
 
 
 def print_table(rows, names=None):
-    """Markdown: a line a row, then a line a run of several seeds. names: of the rows, in place of their runs."""
+    """Markdown: a line per row, then a line per run of several seeds. names: of the rows, instead of their runs."""
     columns = ("top1", "top5", "many", "medium", "few", "balancedness", "std")
     names = names or [row["run"] for row in rows]
-    tests, counts_of = (sorted({row[name] for row in rows}) for name in ("list", "counts_of"))
-    lines = []
+    tests = sorted({row["list"] for row in rows})
+    lines = []                                                            # (name, classifier, rows to average)
     for name, row in zip(names, rows):
-        said = (row["protocol"], row["chosen"], f"on {row['list']}" * (len(tests) > 1))
-        lines.append((name, ", ".join(filter(None, said)), [row]))
+        notes = [row["protocol"], row["chosen"]]
+        if len(tests) > 1:
+            notes.append(f"on {row['list']}")
+        lines.append((name, ", ".join(filter(None, notes)), [row]))
     for run, protocol, group in over_seeds(rows):
         seeds = len({row["run"] for row in group})
         if seeds > 1:
             lines.append((f"{run}, {seeds} seeds", protocol, group))
 
     width = max(len(name) for name, _, _ in lines)
-    print(f"| {'run':<{width}} |   top-1 |   top-5 |    many |  medium |     few |    beta |     std | classifier |")
+    titles = ("top-1", "top-5", "many", "medium", "few", "beta", "std")
+    print(f"| {'run':<{width}} | {' | '.join(f'{x:>7}' for x in titles)} | classifier |")
     print("|---" * 9 + "|")
     for name, classifier, group in lines:
-        print(f"| {name:<{width}} | " + " | ".join(f"{cell(group, c):>7}" for c in columns) + f" | {classifier} |")
+        cells = " | ".join(f"{cell(group, column):>7}" for column in columns)
+        print(f"| {name:<{width}} | {cells} | {classifier} |")
 
-    print(f"In percent, but for beta: balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). Beta and std are of the "
-          f"class accuracies on {', '.join(tests)}.")
-    print(f"many / medium / few: mean over the classes with > 100 / 20 to 100 / < 20 images in "
-          f"{', '.join(counts_of)}.")
+    class_lists = sorted({row["counts_of"] for row in rows})
+    print(f"In percent, except for beta: balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). "
+          f"Beta and std are of the class accuracies on {', '.join(tests)}.")
+    print("many / medium / few: mean over the classes with > 100 / 20 to 100 / < 20 images in "
+          f"{', '.join(class_lists)}.")
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("heads", nargs="+",
+                   help="head.pt of train_linear.py, or of a classification loss of train_rep.py")
+    p.add_argument("--data", help="where the lists' paths start; default: as in training")
+    p.add_argument("--list", help="list to evaluate on; default: the test list of the head's classes")
+    p.add_argument("--groups", help="list whose class sizes make many / medium / few; default: the "
+                   "backbone's training list")
+    p.add_argument("--sigma", type=float, default=0.1, help="of beta: %(default)s; not in the paper")
+    p.add_argument("--tau-norm", action="store_true", help="also tau-normalise the joint CE heads")
+    p.add_argument("--ncm", action="store_true",
+                   help="also classify by the nearest class mean of the backbone's training list")
+    p.add_argument("--val", help="list that chooses tau; default: the data set's validation list")
+    p.add_argument("--names", nargs="+", help="of the table's rows, in order; default: their runs")
+    p.add_argument("--batch", type=int, default=256, help="images per rank at a time: %(default)s")
+    p.add_argument("--workers", type=int, help="data workers per rank; digits need none")
+    return p.parse_intermixed_args()  # flags may stand between the heads
 
 
 def main():
     device = ddp.init()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("heads", nargs="+", help="head.pt of train_linear.py, or of train_rep.py for a loss on logits")
-    p.add_argument("--data", help="the folder that the lists' paths start from; default: where the head was trained")
-    p.add_argument("--list", help="list to evaluate on; default: the test list, for a half of the classes its own")
-    p.add_argument("--groups", help="training list whose class sizes make many / medium / few; default: the backbone's")
-    p.add_argument("--sigma", type=float, default=0.1, help="of the balancedness: 0.1; the paper does not give it")
-    p.add_argument("--tau-norm", action="store_true", help="also the joint CE heads tau-normalised; tau: by --val")
-    p.add_argument("--ncm", action="store_true", help="also nearest class mean on each backbone, by its training list")
-    p.add_argument("--val", help="list that chooses tau; default: the data set's validation list")
-    p.add_argument("--names", nargs="+", help="of the table's rows, in their order; default: their runs")
-    p.add_argument("--batch", type=int, default=256, help="images at a time: 256")
-    p.add_argument("--workers", type=int, default=2, help="data workers of each rank: 2")
-    args = p.parse_intermixed_args()  # flags may stand between the heads
+    args = parse_args()
 
+    # all heads and lists, so that what is wrong with the last one is said before the long work begins
     heads = [load_head(path, args.data, args.groups) for path in args.heads]
     of_backbone = {}
-    for head in heads:  # checks all lists before the first long work
+    for head in heads:
         spec = data.DATASETS[head["dataset"]]
-        head["test"] = images_of(head, args.list or data.beside(head["data"], head["list"], spec["test"]))
-        if args.tau_norm and head["protocol"].startswith("joint CE"):  # trained together with its backbone
-            head["val"] = images_of(head, args.val or data.beside(head["data"], head["list"], spec["val"]))
-            data.refuse_overlap(head["data"], head["list"], head["val"].name)
-        of_backbone.setdefault((head["backbone"], head["dataset"], head["data"]), []).append(head)
+        test = args.list or data.beside(head["data"], head["list"], spec["test"])
+        head["test"] = images_of(head, test)
+        if args.tau_norm and head["protocol"].startswith("joint CE"):  # trained along with its backbone
+            val = args.val or data.beside(head["data"], head["list"], spec["val"])
+            head["val"] = images_of(head, val)
+            data.refuse_overlap(head["data"], head["list"], val)
+        key = head["backbone"], head["dataset"], head["data"]
+        of_backbone.setdefault(key, []).append(head)
     if args.tau_norm and not any("val" in head for head in heads):
-        ddp.print0("--tau-norm is for joint CE heads, the head.pt of train_rep.py --loss ce: there is none")
+        ddp.print0("--tau-norm is for joint CE heads, the head.pt of train_rep.py --loss ce; "
+                   "none was given")
 
+    # backbone by backbone; the table has the order of the command line
     rows = []
     for group in of_backbone.values():
         rows += evaluate(group, args, device)
-    given = [str(head["path"]) for head in heads]
+    order = [str(head["path"]) for head in heads]
+    rows.sort(key=lambda row: order.index(row["head"]))
     if ddp.rank() == 0:
-        print_table(sorted(rows, key=lambda row: given.index(row["head"])), args.names)
+        print_table(rows, args.names)
 
 
 if __name__ == "__main__":

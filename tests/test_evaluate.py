@@ -12,7 +12,7 @@ import checkpoint
 import data
 import evaluate
 import resnet
-from evaluate import balancedness, class_means, group_accuracy, hits, scores, tau_normalize
+from evaluate import balancedness, class_means, count_hits, group_accuracy, scores, tau_normalize
 
 # ---- metrics
 
@@ -52,14 +52,14 @@ def test_hits_and_scores_against_literal_loops():
         n[y] += 1
         top1[y] += order[0] == y
         top5[y] += y in order[:5]
-    counts = hits(logits, labels)
-    assert counts.tolist() == [n, top1, top5]
-    s = scores(counts, [200] * 4 + [50] * 3 + [2], 0.1)
+    hits = count_hits(logits, labels)
+    assert hits.tolist() == [n, top1, top5]
+    s = scores(hits, [200] * 4 + [50] * 3 + [2], 0.1)
     acc = [a / b for a, b in zip(top1, n)]
     assert s["top1"] == sum(top1) / 300 and s["top5"] == sum(top5) / 300 and s["images"] == 300
     assert s["per_class"] == acc and s["many"] == pytest.approx(sum(acc[:4]) / 4) and s["few"] == acc[7]
     assert s["balancedness"] == balancedness(acc) and s["std"] == pytest.approx(np.std(acc))
-    assert hits(torch.eye(3), torch.tensor([0, 1, 0])).tolist() == [[2, 1, 0], [1, 1, 0], [2, 1, 0]]  # top-5 of three
+    assert count_hits(torch.eye(3), torch.tensor([0, 1, 0])).tolist() == [[2, 1, 0], [1, 1, 0], [2, 1, 0]]  # top-5 of three
 
 
 def test_tau_norm():
@@ -175,23 +175,23 @@ def test_two_ranks_score_as_one(script, ranks, heads):
     one = written(heads)
     printed = ranks(2, "evaluate", *heads, "--tau-norm", "--ncm", "--workers", 0)
     two = written(heads)
-    assert printed.count("In percent, but for beta") == 1
+    assert printed.count("In percent, except for beta") == 1
     for key, row in one.items():
         assert row["images"] == two[key]["images"] == 400
         assert np.allclose(row["per_class"], two[key]["per_class"], atol=0.11)  # an image of ten may be a tie
 
 
-def test_a_folder_is_its_head_and_tau_norm_without_a_joint_head_goes_on(script, heads, capsys):
+def test_a_folder_is_its_head_and_tau_norm_needs_a_joint_head(script, heads, capsys):
     script(evaluate, heads[1].parent, "--tau-norm", "--workers", 0)
     printed = capsys.readouterr().out
     assert f"{heads[1].parent} is a folder: taking the head.pt in it" in printed
-    assert "--tau-norm is for joint CE heads, the head.pt of train_rep.py --loss ce: there is none" in printed
+    assert "--tau-norm is for joint CE heads, the head.pt of train_rep.py --loss ce; none was given" in printed
     assert "| kcl-seed0 |" in printed and "tau-norm of" not in printed
 
 
 @pytest.mark.parametrize("flags, sentence", [
     (("--list", "overlap_source/test.txt"), "overlap_source/test.txt must hold all 10 classes of"),
-    (("--groups", "overlap_source/train_lt.txt"), "has 10 classes, overlap_source/train_lt.txt 5; name the training list"),
+    (("--groups", "overlap_source/train_lt.txt"), "has 10 classes, overlap_source/train_lt.txt has 5; pass the training list"),
     (("--tau-norm", "--val", "train_lt0.txt"), "are in the training list")])
 def test_bad_input_is_one_sentence(script, heads, flags, sentence):
     with pytest.raises(SystemExit) as error:

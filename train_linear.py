@@ -99,12 +99,12 @@ def parse_args():
 
     # the lists: a half of the classes has its own, in the folder of its training list
     spec = data.DATASETS[args.dataset]
-    learned = backbone_list(args)
-    if learned:
+    backbone_list = list_of_backbone(args)
+    if backbone_list:
         checkpoint.same_list(run)
     if args.protocol == "rep":
-        args.list = args.list or data.beside(args.data, learned or "", spec["full"])
-    args.list = args.list or learned or spec["train"]
+        args.list = args.list or data.beside(args.data, backbone_list or "", spec["full"])
+    args.list = args.list or backbone_list or spec["train"]
     args.val = args.val or data.beside(args.data, args.list, spec["val"])
     args.sampler = args.sampler or {"lt": "class", "rep": "instance"}[args.protocol]
 
@@ -130,7 +130,7 @@ def parse_args():
     return args
 
 
-def backbone_list(args):
+def list_of_backbone(args):
     """The list that the backbone was trained on, or None if it is unknown or not one of --data."""
     run = checkpoint.settings_of(args.backbone)
     return run.get("list") if run.get("data") == args.data else None
@@ -183,11 +183,11 @@ def cached_batches(features, labels, draws):
         yield [features[i]], labels[i], i
 
 
-def val_images(args, learned, C):
+def val_images(args, backbone_list, C):
     """The validation images. Neither the backbone nor the classifier may have been trained on one of them."""
     if args.val == "none":
         sys.exit("error: several classifiers need a --val that chooses; or pass one --lr and --weight-decay")
-    for trained_on in {args.list, learned or args.list}:
+    for trained_on in {args.list, backbone_list or args.list}:
         data.refuse_overlap(args.data, trained_on, args.val)
     val = data.ImageList(args.data, args.val, data.DATASETS[args.dataset])
     if val.labels.max() >= C:
@@ -218,12 +218,12 @@ def choose(heads, pairs, features, labels, args):
     return best, top1[best]
 
 
-def save_results(args, learned, classifier, chosen, val_top1):
+def save_results(args, backbone_list, classifier, chosen, val_top1):
     """Write head.pt, which marks the run as finished."""
     # many / medium / few go by what the backbone has seen, unless its list has other classes
     counts_of = args.list
-    if learned and Path(learned).parent == Path(args.list).parent:
-        counts_of = learned
+    if backbone_list and Path(backbone_list).parent == Path(args.list).parent:
+        counts_of = backbone_list
     counts = data.read_list(args.data, counts_of)[1].bincount(minlength=len(classifier.bias))
 
     protocol = args.protocol + ", cached features" * (args.features == "cached")
@@ -250,7 +250,7 @@ def main():
     args = parse_args()
     spec = data.DATASETS[args.dataset]
     cached = args.features == "cached"
-    learned = backbone_list(args)
+    backbone_list = list_of_backbone(args)
 
     # data
     dataset = data.ImageList(args.data, args.list, spec, args.aug)
@@ -263,10 +263,10 @@ def main():
 
     # one classifier per pair; if there are several, only images that nothing was trained on may choose
     pairs = list(itertools.product(args.lr, args.weight_decay))           # M of them
-    val = val_images(args, learned, C) if len(pairs) > 1 else None
+    val = val_images(args, backbone_list, C) if len(pairs) > 1 else None
 
     # resume, or begin
-    header = checkpoint.header(args, backbone_list=learned,
+    header = checkpoint.header(args, backbone_list=backbone_list,
                                list_sha256=checkpoint.sha256(data.find_list(args.data, args.list)),
                                backbone_sha256=checkpoint.sha256(args.backbone))
     ckpt = checkpoint.resume(args.out, header["settings"], "head.pt", args.restart)
@@ -359,7 +359,7 @@ def main():
     if ddp.rank() == 0:
         log({"step": args.epochs * steps, "lr": lr, "weight_decay": decay, "val_top1": val_top1})
         chosen = f"lr {lr:g}, weight decay {decay:g} {reason}"
-        save_results(args, learned, heads[best], chosen, val_top1)
+        save_results(args, backbone_list, heads[best], chosen, val_top1)
 
 
 if __name__ == "__main__":

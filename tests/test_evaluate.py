@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +205,21 @@ def test_another_list_of_the_same_name_is_noticed(heads, tmp_path):
     torch.save({**head, "list_sha256": "0"}, tmp_path / "head.pt")
     with pytest.raises(SystemExit, match="is another list than the one that was trained on"):
         evaluate.load_head(tmp_path / "head.pt")
+
+
+def test_photographs_are_read_by_as_many_workers_as_there_are_cores(script, heads, tmp_path, monkeypatch):
+    used = []
+
+    def spy(encode, dataset, D, batch, workers, device):
+        used.append(workers)
+        return torch.zeros(len(dataset), D, device=device)
+    monkeypatch.setattr(data, "encode_all", spy)
+    monkeypatch.setattr(data, "workers_per_rank", lambda: 3)
+    head = torch.load(heads[0], weights_only=True)
+    shutil.copy(heads[0].with_name("backbone.pt"), tmp_path)
+    torch.save(head, tmp_path / "digits.pt")
+    torch.save({**head, "dataset": "folder"}, tmp_path / "photos.pt")
+    test = heads[0].parent.parent / "test.txt"
+    for flags in (("digits.pt",), ("photos.pt",), ("photos.pt", "--workers", 1)):
+        script(evaluate, tmp_path / flags[0], "--list", test, *flags[1:])
+    assert used == [0, 3, 1]

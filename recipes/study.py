@@ -1,17 +1,18 @@
 """
-The paper's findings on the embedded digits: trains and evaluates every cell of results/findings.md but the GPU's, and
-appends a line for each classifier to results/study.jsonl. recipes/findings.py makes the page of the lines.
+The paper's findings on the embedded digits. Trains and evaluates every cell of results/findings.md except the GPU's
+and appends one line per classifier to results/study.jsonl, from which recipes/findings.py makes the page.
 
-    python recipes/study.py                    # everything, most important first; stopped, it goes on where it was
+    python recipes/study.py                    # everything, most important first; run again, it resumes
     python recipes/study.py --only headline    # one block, or one cell
     python recipes/study.py --smoke            # one epoch and one seed of each cell, into runs/smoke
 
 A cell is a representation (stage 1) with its classifiers (stage 2). A seed draws the digit images, the order of the
-classes, the weights, the order of the images and the positives: all cells of a seed see the same images. A line holds
-its commands, the machine, their CPU seconds on one thread without Python's start, and what evaluate.py found.
+classes, the weights, the order of the images and the positives, so all cells of a seed see the same images. A line
+holds the commands, the project's commit, the machine, the commands' CPU seconds on one thread (without the time that
+Python takes to start), and what evaluate.py found.
 
-Every method's learning rate is chosen on val: four trials on four seeds that no reported run uses. A variant takes its
-method's rate. Stage 2 chooses among its eight rates, and tau-norm among 21 values of tau, on each run's val list.
+Every method's learning rate is chosen on val, in four trials on four seeds that no reported run uses. A variant takes
+its method's rate. Stage 2 chooses among its eight rates, and tau-norm among 21 values of tau, on each run's val list.
 """
 import argparse
 import importlib
@@ -23,6 +24,7 @@ import re
 import resource
 import shlex
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +34,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-LRS, TUNE_SEEDS, WIDTHS = (0.03, 0.1, 0.3, 1), (10, 11, 12, 13), (24, 32)
+LRS, TUNE_SEEDS = (0.03, 0.1, 0.3, 1), (10, 11, 12, 13)
 HEADLINE_SEEDS, ENDS_SEEDS, SEEDS = range(100, 120), range(100, 110), range(100, 105)
 
 # name -> train_rep.py's flags, and the classifier that chooses the learning rate
@@ -42,7 +44,6 @@ METHODS = {
     "fcl": ("--loss fcl", "lt"),
     "cl": ("--loss cl", "lt"),
     "supcon": ("--loss supcon", "lt"),
-    "tsc": ("--loss tsc", "lt"),
     "focal": ("--loss focal", "joint"),
     "cb-focal": ("--loss cb-focal", "joint"),
     "ldam": ("--loss ldam", "joint"),
@@ -50,32 +51,46 @@ METHODS = {
     "bbn": ("--loss bbn", "joint"),
 }
 
-# classifier -> train_linear.py's flags. rep is trained on the balanced set; cached takes a quarter of the time
+# classifier -> train_linear.py's flags. rep trains on the balanced set; cached takes a quarter of the time
 REP = "--protocol rep --features cached"
 STAGE2 = {
     "lt": "--protocol lt",
     "rep": REP,
     "lws": "--classifier lws",
-    "source": REP,  # of half of the classes: on that half, on the other half, on all classes
+    # the backbone saw half of the classes: classifiers for that half, for the other half, for all
+    "source": REP,
     "target": REP + " --list {half}_target/train_full.txt --out {out}/target",
     "full": REP + " --list train_full.txt --out {out}/full",
 }
-# classifier -> its numbers
+# classifier -> the file with its numbers
 FILES = {
-    "joint": "eval.json", "tau": "eval_tau_norm.json", "ncm": "eval_ncm.json", "lt": "linear-lt/eval.json",
-    "rep": "linear-rep-cached/eval.json", "lws": "lws-lt/eval.json", "source": "linear-rep-cached/eval.json",
-    "target": "target/eval.json", "full": "full/eval.json", "det": "det/results.json",
+    "joint": "eval.json",
+    "tau": "eval_tau_norm.json",
+    "ncm": "eval_ncm.json",
+    "lt": "linear-lt/eval.json",
+    "rep": "linear-rep-cached/eval.json",
+    "lws": "lws-lt/eval.json",
+    "source": "linear-rep-cached/eval.json",
+    "target": "target/eval.json",
+    "full": "full/eval.json",
+    "det": "det/results.json",
 }
-SHORT = {"train_rep.py": " --epochs 1", "train_linear.py": " --epochs 1",
-         "transfer_det.py": " --iterations 2 --train-scenes 16 --test-scenes 8 --precise-bn 1"}  # of --smoke
-KEPT = ("list", "chosen", "top1", "many", "medium", "few", "balancedness", "std", "per_class", "counts", "box", "mask")
+# what a line keeps of that file
+KEPT = ("list", "chosen", "top1", "many", "medium", "few", "balancedness", "std",
+        "per_class", "counts", "box", "mask")
+# what --smoke adds to a command
+SHORT = {
+    "train_rep.py": " --epochs 1",
+    "train_linear.py": " --epochs 1",
+    "transfer_det.py": " --iterations 2 --train-scenes 16 --test-scenes 8 --precise-bn 1",
+}
 
-# method: None starts at random weights. init: the method whose backbone stage 1 starts from
+# method: None starts from random weights. init: the method whose backbone stage 1 starts from
 Cell = namedtuple("Cell", "name method flags classifiers init", defaults=("", ("lt", "rep"), None))
 
 
 def blocks():
-    """[(name, seeds, cells)], most important first. Epochs are train_rep.py's where a cell does not say them."""
+    """[(name, seeds, cells)], most important first. A cell without --epochs has train_rep.py's default."""
     ce = ("joint", "tau", "lt", "rep")
     headline = [
         Cell("kcl", "kcl"),
@@ -89,63 +104,73 @@ def blocks():
     ends, fig2, fig3 = [Cell("cl", "cl")], [], []
     for alpha in ("lt0", "lt2", "lt4", "lt6", "lt8", "lt"):
         for loss in ("ce", "cl", "kcl"):
-            if alpha != "lt":  # those are there already
+            if alpha != "lt":  # those of lt are above
                 block = ends if alpha == "lt0" else fig2
                 block.append(Cell(f"{loss}-{alpha}", loss, f"--list train_{alpha}.txt", ("rep",)))
-            fig3.append(Cell(f"{loss}-overlap-{alpha}", loss, f"--list overlap_source/train_{alpha}.txt",
-                             ("source", "target")))
-    table4 = [Cell(f"{loss}-{half}", loss, f"--list {half}_source/train_full.txt", ("source", "target", "full"))
-              for half in ("overlap", "independent") for loss in ("ce", "cl", "kcl")]
+            flags = f"--list overlap_source/train_{alpha}.txt"
+            fig3.append(Cell(f"{loss}-overlap-{alpha}", loss, flags, ("source", "target")))
+
+    table4 = []
+    for half in ("overlap", "independent"):
+        for loss in ("ce", "cl", "kcl"):
+            flags = f"--list {half}_source/train_full.txt"
+            table4.append(Cell(f"{loss}-{half}", loss, flags, ("source", "target", "full")))
+
     fig5 = [Cell(f"kcl-k{k}", "kcl", f"--num-positives {k}") for k in (1, 2, 4, 10, 20)]
     options = [Cell(f"kcl-{flag.replace(' ', '-')}", "kcl", f"--{flag}")
                for flag in ("fixed-divisor", "drop-unused", "first-k", "no-fill", "lr 0.1")]
-    methods = [Cell(f"ce-{sampler}", "ce", f"--sampler {sampler}", ("joint", "rep"))
+
+    joint = ("joint", "rep")
+    methods = [Cell(f"ce-{sampler}", "ce", f"--sampler {sampler}", joint)
                for sampler in ("class", "sqrt", "progressive")]
-    methods += [Cell(name, name, classifiers=("joint", "rep")) for name in ("focal", "cb-focal", "ldam", "bbn")]
-    methods += [Cell("ssp", "ce", "--init {out}/init/backbone.pt", ("joint", "rep"), init="cl")]
-    methods += [Cell("supcon", "supcon"), Cell("tsc", "tsc")]
-    detection = [Cell(f"det-{method}", method, classifiers=("det",)) for method in ("ce", "cl", "kcl")]
+    methods += [Cell(loss, loss, classifiers=joint) for loss in ("focal", "cb-focal", "ldam", "bbn")]
+    methods.append(Cell("ssp", "ce", "--init {out}/init/backbone.pt", joint, init="cl"))
+    methods.append(Cell("supcon", "supcon"))
+
+    detection = [Cell(f"det-{loss}", loss, classifiers=("det",)) for loss in ("ce", "cl", "kcl")]
     detection.append(Cell("det-random", None, classifiers=("det",)))
 
-    return [("headline", HEADLINE_SEEDS, headline), ("ends", ENDS_SEEDS, ends), ("methods", SEEDS, methods),
-            ("fig5", SEEDS, fig5), ("fig2", SEEDS, fig2), ("options", SEEDS, options), ("fig3", SEEDS, fig3),
-            ("table4", SEEDS, table4), ("detection", SEEDS, detection)]
-
-
-def sizes():
-    """Other sizes of the miniature, judged on val on two seeds: do they make it better per second?"""
-    cells = []
-    for method, rate in (("kcl", 0.1), ("ce", 0.3)):
-        flags = {f"batch-{b}": f"--batch {b} --lr {rate * b / 64:g}" for b in (32, 128)}  # the rate goes with the batch
-        flags |= {f"width-{w}": f"--arch resnet8s-{w} --lr {rate:g}" for w in WIDTHS}
-        flags |= {f"queue-{k}": f"--queue {k} --lr {rate:g}" for k in (256, 1024) if method == "kcl"}
-        cells += [Cell(f"size-{method}-{name}", method, its, METHODS[method][1:]) for name, its in flags.items()]
-    return cells
+    return [
+        ("headline", HEADLINE_SEEDS, headline),
+        ("ends", ENDS_SEEDS, ends),
+        ("methods", SEEDS, methods),
+        ("fig5", SEEDS, fig5),
+        ("fig2", SEEDS, fig2),
+        ("options", SEEDS, options),
+        ("fig3", SEEDS, fig3),
+        ("table4", SEEDS, table4),
+        ("detection", SEEDS, detection),
+    ]
 
 
 def trials(method, lrs=LRS):
     """The cells that choose a method's learning rate."""
-    return [Cell(f"tune-{method}-{lr:g}", method, f"--lr {lr:g}", METHODS[method][1:]) for lr in lrs]
+    classifiers = METHODS[method][1:]
+    return [Cell(f"tune-{method}-{lr:g}", method, f"--lr {lr:g}", classifiers) for lr in lrs]
 
 
 def chosen(lines, method, lrs=LRS):
-    """The rate with the best mean top-1 on val over the seeds; of two that are level the smaller one."""
+    """The rate with the best mean top-1 on val over the seeds; on a tie the smaller one."""
     def on_val(lr):
         return sum(line["top1"] for line in lines if line["cell"] == f"tune-{method}-{lr:g}")
     return max(sorted(lrs), key=on_val)
 
 
 def plan(cell, seed, rates, runs):
-    """{classifier: the commands that train it}, and the command that evaluates all of them, None for detectors."""
+    """{classifier: the commands that train it}, and the command that evaluates all of them (None for detectors)."""
     detects = cell.classifiers == ("det",)
-    # transfer_det.py's test scenes share no digit with data/digits, but do with the images of another seed
+    # transfer_det.py's test scenes share no digit with data/digits; with the images of another seed they would
     images = "data/digits" if detects else f"data/digits-seed{seed}"
     out = f"{runs}/{cell.name}-seed{seed}"
 
     def stage1(method, flags, out):
-        words = [f"train_rep.py {METHODS[method][0]}", f"--lr {rates[method]:g}" if method in rates else "", flags,
-                 f"--dataset digits --data {images} --seed {seed} --out {out}"]
-        return " ".join(filter(None, words))
+        words = [f"train_rep.py {METHODS[method][0]}"]
+        if method in rates:
+            words.append(f"--lr {rates[method]:g}")
+        if flags:
+            words.append(flags)
+        words.append(f"--dataset digits --data {images} --seed {seed} --out {out}")
+        return " ".join(words)
 
     first = []
     if cell.init:
@@ -162,13 +187,19 @@ def plan(cell, seed, rates, runs):
             commands[name].append(f"train_linear.py {out}/backbone.pt {flags} --seed {seed}")
     if detects:
         start = f"{out}/backbone.pt" if cell.method else "none --encoder resnet8s"
-        commands["det"].append(f"transfer_det.py --pretrained {start} --seed {seed} --out {out}/det")
+        command = f"transfer_det.py --pretrained {start} --seed {seed} --out {out}/det"
+        commands["det"].append(command)
         return commands, None
 
     files = [FILES[name] for name in cell.classifiers if FILES[name].endswith("eval.json")]
     heads = " ".join(f"{out}/{file.replace('eval.json', 'head.pt')}" for file in files)
-    flags = " --tau-norm" * ("tau" in cell.classifiers) + " --ncm" * ("ncm" in cell.classifiers)
-    flags += " --list val.txt" * cell.name.startswith(("tune-", "size-"))  # the test list chooses nothing
+    flags = ""
+    if "tau" in cell.classifiers:
+        flags += " --tau-norm"
+    if "ncm" in cell.classifiers:
+        flags += " --ncm"
+    if cell.name.startswith("tune-"):
+        flags += " --list val.txt"  # the test list chooses nothing
     return commands, f"evaluate.py {heads}{flags} --workers 0"
 
 
@@ -176,10 +207,18 @@ def machine():
     import torch
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name, = re.findall(r"model name\s*: (.*)", info)[:1] or [platform.machine()]
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.partition('+')[0]}"
+    version = torch.__version__.partition("+")[0]
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {version}"
+
+
+def git_commit():
+    """The project's commit; empty in a copy without git's history."""
+    command = ("git", "describe", "--always", "--dirty")
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def as_command(command, log):
+    """What the fork of run() does."""
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -188,7 +227,7 @@ def as_command(command, log):
 
 
 def run(command, log):
-    """Run `train_rep.py ...` as a shell would, but forked: torch is there already. Returns its CPU seconds."""
+    """Run `train_rep.py ...` as a shell would, but in a fork, which has torch already. Returns its CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     fork = multiprocessing.get_context("fork").Process(target=as_command, args=(command, log))
     fork.start()
@@ -199,8 +238,8 @@ def run(command, log):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def measure(task, runs, file, smoke):
-    """Run a cell with a seed and append its lines to file. What a stopped call has left of it begins anew."""
+def measure(task, runs, file, smoke, commit):
+    """Run a cell with a seed and append its lines to file. A cell that was stopped half-way starts over."""
     cell, seed, rates = task
     out = runs / f"{cell.name}-seed{seed}"
     shutil.rmtree(out, ignore_errors=True)
@@ -220,8 +259,8 @@ def measure(task, runs, file, smoke):
     text = ""
     for name, its in commands.items():
         result = json.loads((out / FILES[name]).read_text())
-        line = {"cell": cell.name, "seed": seed, "classifier": name, "machine": machine(),
-                "seconds": round(sum(seconds[c] for c in its), 1)}
+        line = {"cell": cell.name, "seed": seed, "classifier": name, "commit": commit,
+                "machine": machine(), "seconds": round(sum(seconds[c] for c in its), 1)}
         line |= {key: result[key] for key in KEPT if key in result}
         line["commands"] = [*its, stage3] if stage3 else its
         text += json.dumps(line) + "\n"
@@ -230,20 +269,24 @@ def measure(task, runs, file, smoke):
 
 
 def read(file):
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def main():
+    names = ", ".join(name for name, *_ in blocks())
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", help=f"blocks or cells; blocks: {', '.join(name for name, *_ in blocks())}")
-    p.add_argument("--seeds", type=int, nargs="+", help="default: 100 to 119 of the headline, 100 to 109 of the "
-                   "ends of Fig. 2, else 100 to 104")
+    p.add_argument("--only", nargs="+", help=f"blocks or cells; blocks: {names}")
+    p.add_argument("--seeds", type=int, nargs="+",
+                   help="default: 100 to 119 for the headline, 100 to 109 for the ends of Fig. 2, else 100 to 104")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--smoke", action="store_true", help="one epoch, one trial and one seed each, into runs/smoke")
+    p.add_argument("--smoke", action="store_true", help="one epoch, trial and seed each, into runs/smoke")
     args = p.parse_args()
     runs, file, lrs, tune_seeds = Path("runs/study"), Path("results/study.jsonl"), LRS, TUNE_SEEDS
     if args.smoke:
-        runs, file, lrs, tune_seeds = Path("runs/smoke/study"), Path("runs/smoke/study.jsonl"), LRS[:1], TUNE_SEEDS[:1]
+        runs, file = Path("runs/smoke/study"), Path("runs/smoke/study.jsonl")
+        lrs, tune_seeds = LRS[:1], TUNE_SEEDS[:1]
         args.seeds = args.seeds or SEEDS[:1]
 
     os.chdir(ROOT)
@@ -253,32 +296,34 @@ def main():
     sys.path.insert(0, str(ROOT))
     for script in ("make_lt", "train_rep", "train_linear", "evaluate", "transfer_det"):
         importlib.import_module(script)  # once for all forks
-    resnet = importlib.import_module("resnet")
-    for width in WIDTHS:
-        resnet.ARCHS[f"resnet8s-{width}"] = partial(resnet.CifarResNet, 8, width, stem_stride=2)
+    # asked here, since the forks run the code that has just been imported, whatever is committed meanwhile
+    commit = git_commit()
+    measure_one = partial(measure, runs=runs, file=file, smoke=args.smoke, commit=commit)
 
     def work(title, tasks):
         """Measure those of tasks, [(cell, seed, rates)], that have no line yet."""
-        there = {(line["cell"], line["seed"]) for line in read(file)}
-        tasks = [task for task in tasks if (task[0].name, task[1]) not in there]
+        measured = {(line["cell"], line["seed"]) for line in read(file)}
+        tasks = [task for task in tasks if (task[0].name, task[1]) not in measured]
         if not tasks:
             return
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
-            done = pool.map(partial(measure, runs=runs, file=file, smoke=args.smoke), tasks)
-            for _ in tqdm(done, desc=title, total=len(tasks), unit="run"):
+            for _ in tqdm(pool.map(measure_one, tasks), desc=title, total=len(tasks), unit="run"):
                 pass
 
-    if not args.only or "sizes" in args.only:
-        work("sizes, on val", [(cell, seed, {}) for seed in tune_seeds[:2] for cell in sizes()])
     rates = {}
     for block, seeds, cells in blocks():
-        cells = [cell for cell in cells if not args.only or {block, cell.name} & set(args.only)]
+        if args.only:
+            cells = [cell for cell in cells if {block, cell.name} & set(args.only)]
+
+        # a method's learning rate is chosen when its first cell is due
         methods = [cell.method for cell in cells] + [cell.init for cell in cells]
         for method in dict.fromkeys(filter(None, methods)):
             if method not in rates:
                 tried = trials(method, lrs)
-                work(f"learning rate of {method}", [(cell, seed, {}) for seed in tune_seeds for cell in tried])
+                tasks = [(cell, seed, {}) for seed in tune_seeds for cell in tried]
+                work(f"learning rate of {method}", tasks)
                 rates[method] = chosen(read(file), method, lrs)
+
         work(block, [(cell, seed, rates) for seed in args.seeds or seeds for cell in cells])
 
 

@@ -174,6 +174,28 @@ def test_a_claim_stands_in_the_list_of_its_verdict(lines):
     assert contradicted < page.index("k = 6 above k = 4 | 5 | -10") < open_ < page.index("above cRT, 90 | 5 |")
 
 
+def test_the_last_line_of_a_seed_counts(tmp_path):
+    """The one that it replaces is compared with it, by hand: top-1 -2, 0, 2, beta +0.01 three times."""
+    def line(cell, seed, top1, beta, **more):
+        return {"cell": cell, "classifier": "lt", "seed": seed, "top1": top1, "balancedness": beta, "machine": "EPYC", **more}
+
+    old = [line(cell, seed, 0.5, 0.6, seconds=10) for cell in ("kcl", "ce-200", "ce") for seed in (100, 101, 102)]
+    new = [line("kcl", 100 + i, top1, 0.61, commit="abc1234", machine="Xeon", seconds=7) for i, top1 in enumerate((0.48, 0.5, 0.52))]
+    new += [line("ce-200", 100 + i, 0.55 + i / 500, 0.6, commit="abc1234") for i in range(2)]
+    (tmp_path / "lines").write_text("".join(json.dumps(x) + "\n" for x in old))
+    assert findings.commits_table(findings.read(tmp_path / "lines")) == "Not run yet.\n"
+    (tmp_path / "lines").write_text("".join(json.dumps(x) + "\n" for x in old + new))
+    lines = findings.read(tmp_path / "lines")
+    assert findings.difference(lines, "top1", "kcl/lt") == pytest.approx([48, 50, 52])
+    assert findings.difference(lines, "seconds", "kcl/lt") == pytest.approx([10, 10, 10])  # on the first machine
+    header, _, kcl, ce_200, _, agree, mixed = findings.commits_table(lines).splitlines()
+    assert header == "|  | n | top-1 before | now | difference | beta before | now | difference |"
+    assert kcl == "| kcl/lt | 3 | 50.0 ± 0.0 | 50.0 ± 5.0 | +0.0 ± 5.0 | 0.600 ± 0.000 | 0.610 ± 0.000 | +0.010 ± 0.000 |"
+    assert ce_200.startswith("| ce-200/lt | 2 | 50.0 ± 0.0 | 55.1 ± 1.3 | +5.1 ± 1.3 |")
+    assert agree.startswith("The new lines are of abc1234.") and agree.endswith("holds 0 in 1 of 2 rows for top-1, and in 1 for beta.")
+    assert "only some seeds are new in ce-200 (2 of 3 seeds):" in mixed.lower()
+
+
 def test_rates_stand_below_their_number(tmp_path):
     """Whatever the order of the lines."""
     tried = ((1, 0.4), (0.03, 0.1), (0.3, 0.3), (0.1, 0.2))

@@ -34,8 +34,11 @@ try:
 except ImportError:
     sys.exit("error: tools/plots.py draws with matplotlib: pip install matplotlib")
 
-# colours that a colour-blind reader can tell apart (Okabe and Ito 2008); grey for their yellow, which white swallows
-OKABE_ITO = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#000000", "#808080")
+# colours that a colour-blind reader can tell apart (Okabe and Ito 2008)
+OKABE_ITO = {"blue": "#0072B2", "orange": "#E69F00", "sky blue": "#56B4E9", "vermilion": "#D55E00",
+             "green": "#009E73", "purple": "#CC79A7", "black": "#000000", "yellow": "#F0E442"}
+# white paper swallows their yellow: grey instead
+COLOURS = (*list(OKABE_ITO.values())[:-1], "#808080")
 MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
@@ -45,7 +48,7 @@ def style():
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "legend.fontsize": 10, "legend.frameon": False,
                          "figure.constrained_layout.use": True, "figure.dpi": 150, "figure.facecolor": "white",
                          "savefig.bbox": "tight", "savefig.pad_inches": 0.15,
-                         "axes.prop_cycle": plt.cycler(color=OKABE_ITO)})
+                         "axes.prop_cycle": plt.cycler(color=COLOURS)})
 
 
 def save(fig, file):
@@ -88,7 +91,7 @@ def draw_balancedness(rows, file):
         values = [scale * np.array([row[column] for row in group]) for _, _, group in runs]
         mean = [x.mean() for x in values]
         spread = [x.std(ddof=min(1, len(x) - 1)) for x in values]
-        colours = [OKABE_ITO[i % len(OKABE_ITO)] for i in range(len(runs))]
+        colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
         bars = ax.barh(height, mean, 0.3, xerr=spread, color=colours)
         ax.bar_label(bars, fmt="%.3f" if scale == 1 else "%.1f", padding=3, fontsize=10)
         ax.set(xlim=(0, 1.35 * max(mean)), ylim=(len(runs) - 0.7, -0.8), yticks=())

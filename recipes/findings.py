@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.plots import OKABE_ITO, plt
+from tools.plots import OKABE_ITO, largest_first, plt
 
 ROOT = Path(__file__).resolve().parent.parent
 # 97.5 % quantiles of Student's t, n = 2 to 20
@@ -683,9 +683,8 @@ def tail(lines, file):
         few.append(f"{label} {difference(lines, 'few', expression).mean():.0f} %")
         accuracy = []  # per seed, largest class first
         for line in lines[expression].values():
-            order = np.argsort(line["counts"], kind="stable")[::-1]
-            sizes = np.array(line["counts"])[order]
-            accuracy.append(100 * np.array(line["per_class"])[order])
+            sizes, of_classes = largest_first(line)
+            accuracy.append(of_classes)
         mean, half = np.transpose([interval(x) for x in np.array(accuracy).T])  # (C,) each
         color, marker = STYLES[name]
         ax.errorbar(sizes * shift, mean, half, color=color, marker=marker, capsize=3, label=label)

@@ -53,7 +53,7 @@ def test_what_cannot_be_exported(script, tmp_path):
     branch(encoder)
     torch.save(encoder.state_dict(), tmp_path / "bbn.pt")
     for file, to, arch, sentence in (("cifar.pt", "detectron2", ["--arch", "resnet8"], "detectron2 has no resnet8"),
-                                     ("cifar.pt", "safetensors", [], "no log.jsonl of train_rep.py beside .*; say --arch"),
+                                     ("cifar.pt", "safetensors", [], "no log.jsonl of train_rep.py next to .*; pass --arch"),
                                      ("bbn.pt", "safetensors", ["--arch", "resnet8"], "two branches")):
         with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
             script(export, tmp_path / file, "--to", to, tmp_path / "y", *arch)

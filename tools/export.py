@@ -1,12 +1,12 @@
 """
-Hand a backbone on to other programs.
+Export a backbone to other programs.
 
     python tools/export.py runs/digits-lt-kcl-seed0/backbone.pt --to safetensors backbone.safetensors
     python tools/export.py runs/imagenet-.../backbone.pt --to detectron2 backbone.pkl
 
 torchvision and timm read backbone.pt as it is: load_state_dict(torch.load(path), strict=False) misses only the fc.
 detectron2 takes the .pkl as MODEL.WEIGHTS, with MODEL.PIXEL_MEAN and PIXEL_STD of RGB images and INPUT.FORMAT "RGB".
-The source may be any checkpoint that resnet.load_backbone reads.
+The source may be any checkpoint that resnet.load_backbone can read.
 """
 import argparse
 import pickle
@@ -22,8 +22,10 @@ from resnet import ARCHS, load_backbone
 
 
 def detectron2_name(name):
-    """torchvision's name of a tensor -> detectron2's: layer1.0.bn2.weight -> res2.0.conv2.norm.weight, the shortcut's
-    downsample.0 and .1 -> shortcut and shortcut.norm, conv1 and bn1 -> stem.conv1 and stem.conv1.norm."""
+    """torchvision's name of a tensor -> detectron2's, e.g. layer1.0.bn2.weight -> res2.0.conv2.norm.weight.
+
+    conv1 and bn1 become stem.conv1 and stem.conv1.norm, downsample.0 and .1 shortcut and shortcut.norm.
+    """
     name = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", name)
     name = re.sub(r"^(conv1|bn1)", r"stem.\1", name)
     name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
@@ -35,22 +37,23 @@ def main():
     p.add_argument("backbone", help="backbone.pt of train_rep.py, or another checkpoint of a ResNet")
     p.add_argument("out", help="the file to write")
     p.add_argument("--to", choices=("safetensors", "detectron2"), required=True)
-    p.add_argument("--arch", choices=tuple(ARCHS), help="default: as in the log beside the backbone")
+    p.add_argument("--arch", choices=tuple(ARCHS), help="default: what the log next to the backbone says")
     args = p.parse_args()
 
     arch = args.arch or settings_of(args.backbone).get("arch")
     if arch is None:
-        sys.exit(f"error: no log.jsonl of train_rep.py beside {args.backbone}; say --arch")
+        sys.exit(f"error: no log.jsonl of train_rep.py next to {args.backbone}; pass --arch")
     state = load_backbone(args.backbone, arch).state_dict()
     if any(".rebalanced." in name for name in state):
-        sys.exit(f"error: {args.backbone} has BBN's two branches, which no other program reads")
+        sys.exit(f"error: {args.backbone} has BBN's two branches, which no other program can read")
 
     if args.to == "detectron2":
         if "layer4.0.conv1.weight" not in state:
             sys.exit(f"error: detectron2 has no {arch}, a CIFAR ResNet; use --to safetensors")
         model = {detectron2_name(name): x.numpy() for name, x in state.items()}
         with open(args.out, "wb") as f:
-            pickle.dump({"model": model, "__author__": "KCL", "matching_heuristics": True}, f)
+            checkpoint = {"model": model, "__author__": "KCL", "matching_heuristics": True}
+            pickle.dump(checkpoint, f)
     else:
         try:
             from safetensors.torch import save_file

@@ -1,12 +1,12 @@
 """
-Pictures of what evaluate.py and make_lt.py have written; each is 6.4 in. wide, legible on a telephone.
+Pictures of what evaluate.py and make_lt.py have written, each 6.4 in. wide and legible on a phone.
 
     python tools/plots.py runs/digits-lt-*-seed0/head.pt runs/digits-lt-*-seed0/linear-lt/head.pt --out runs
     python tools/plots.py data/digits/splits.json
 
-Of heads that evaluate.py has scored: accuracy_by_class.png, balancedness.png beside the accuracy (Figs 2 and 4), and
-features.png, the feature space of each backbone (Fig. 1). Runs that differ in their seed alone are one mean.
-Of splits.json: class_sizes.png, the sizes of the classes in each list (Fig. 6).
+For heads that evaluate.py has scored: accuracy_by_class.png, balancedness.png with the accuracy next to it (Figs 2
+and 4), and features.png, the feature space of each backbone (Fig. 1). Runs that differ only in their seed are averaged.
+For splits.json: class_sizes.png, the sizes of the classes in each list (Fig. 6).
 """
 import argparse
 import itertools
@@ -43,12 +43,13 @@ MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
 def style():
-    """The same on every machine; the margin is opaque, so that a dark page does not reach the axes."""
+    """The same on every machine. The margin is opaque, so that a dark page does not reach the axes."""
     matplotlib.rcdefaults()
-    plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "legend.fontsize": 10, "legend.frameon": False,
-                         "figure.constrained_layout.use": True, "figure.dpi": 150, "figure.facecolor": "white",
-                         "savefig.bbox": "tight", "savefig.pad_inches": 0.15,
-                         "axes.prop_cycle": plt.cycler(color=COLOURS)})
+    plt.rcParams.update({"font.size": 11, "axes.titlesize": 11,
+                         "legend.fontsize": 10, "legend.frameon": False,
+                         "figure.constrained_layout.use": True, "figure.dpi": 150,
+                         "figure.facecolor": "white", "savefig.bbox": "tight",
+                         "savefig.pad_inches": 0.15, "axes.prop_cycle": plt.cycler(color=COLOURS)})
 
 
 def save(fig, file):
@@ -61,15 +62,24 @@ def label(run, protocol):
     return textwrap.fill(f"{run}: {re.sub(', [a-z]+ sampling.*', '', protocol)}", 64)
 
 
+def largest_first(row):
+    """Sizes and accuracies (in percent) of the classes of an eval.json, (C,) each."""
+    order = np.argsort(row["counts"], kind="stable")[::-1]
+    return np.array(row["counts"])[order], 100 * np.array(row["per_class"])[order]
+
+
 def draw_accuracy(rows, file):
-    """Accuracy of each class, largest first; one line for the runs that differ in their seed alone."""
+    """Accuracy of each class, largest first, with one line for the runs that differ only in their seed."""
     runs = over_seeds(rows)
     fig, ax = plt.subplots(figsize=(6.4, 4 + 0.3 * len(runs)))
-    for (run, protocol, group), marker, line in zip(runs, itertools.cycle(MARKERS), itertools.cycle(LINES)):
-        order = [np.argsort(row["counts"], kind="stable")[::-1] for row in group]
-        acc = 100 * np.mean([np.array(row["per_class"])[o] for row, o in zip(group, order)], axis=0)  # (C,)
-        ax.plot(acc, marker=marker if len(acc) <= 100 else None, linestyle=line, label=label(run, protocol))
+    styles = zip(itertools.cycle(MARKERS), itertools.cycle(LINES))
+    for (run, protocol, group), (marker, line) in zip(runs, styles):
+        accuracy = np.mean([largest_first(row)[1] for row in group], axis=0)  # (C,)
+        if len(accuracy) > 100:
+            marker = None
+        ax.plot(accuracy, marker=marker, linestyle=line, label=label(run, protocol))
 
+    # class sizes stand at the ticks if all runs have the same ones
     sizes = np.sort(rows[0]["counts"])[::-1]
     ax.set_xlabel("classes by size in the run's own training list, largest first")
     if all(sorted(row["counts"]) == sorted(sizes) for row in rows):
@@ -100,13 +110,14 @@ def draw_balancedness(rows, file):
     axes[1].set_title("top-1 accuracy, %")
 
     for y, (run, protocol, _) in zip(height, runs):  # above its bars, over both panels
-        axes[0].text(0, y - 0.2, label(run, protocol), fontsize=10, va="bottom").set_in_layout(False)
+        text = axes[0].text(0, y - 0.2, label(run, protocol), fontsize=10, va="bottom")
+        text.set_in_layout(False)
     axes[1].set_zorder(-1)
     save(fig, file)
 
 
 def pca(x):
-    """Rows x (n, D) on their first two principal components, (n, 2), and each one's share of the variance, (2,)."""
+    """Rows x (n, D) on their first two principal components (n, 2), and these components' shares of variance (2,)."""
     x = x - x.mean(0)
     variance, V = np.linalg.eigh(x.T @ x)                                 # ascending
     return x @ V[:, :-3:-1], variance[:-3:-1] / max(variance.sum(), 1e-30)
@@ -117,7 +128,7 @@ def feature_space(head, list_name, device, most=2000):
     """Unit features of about `most` images on their first two principal components, which know no labels.
 
     Returns points (m, 2), the components' shares of the variance (2,), labels (m,), and the classes shown, largest
-    first: of more than ten the five largest and the five smallest, as many images of each.
+    first, with equally many images each. If there are more than ten, the five largest and the five smallest are shown.
     """
     shown = np.argsort(head["counts"], kind="stable")[::-1]
     if len(shown) > 10:
@@ -126,7 +137,8 @@ def feature_space(head, list_name, device, most=2000):
     each = most // len(shown)
     index = torch.cat([(dataset.labels == int(c)).nonzero()[:each, 0] for c in shown])
 
-    backbone = load_backbone(head["backbone"], head["arch"]).to(device, memory_format=torch.channels_last).eval()
+    backbone = load_backbone(head["backbone"], head["arch"]).eval()
+    backbone = backbone.to(device, memory_format=torch.channels_last)
     features = []
     for part in index.split(100):
         images = torch.stack([dataset[i][0][0] for i in part.tolist()])   # (b, 3, H, W)
@@ -136,21 +148,25 @@ def feature_space(head, list_name, device, most=2000):
 
 
 def feature_panel(ax, head, points, share, labels, shown):
-    """Points of each class; its number of training images stands at their mean."""
+    """Points of each class, with its number of training images at their mean."""
     group = data.groups(head["counts"])
     for i, c in enumerate(shown):
-        xy, size, colour = points[labels == c], f"{head['counts'][c]:,}", plt.cm.plasma(0.08 * i)  # to orange
+        xy, size = points[labels == c], f"{head['counts'][c]:,}"
+        colour = plt.cm.plasma(0.08 * i)                                  # ten steps end at orange
         marker = {"many": "o", "medium": "s", "few": "^"}[group[c]]
-        ax.scatter(*xy.T, s=16, alpha=0.5, linewidth=0, marker=marker, color=colour, label=f"{size} {group[c]}")
-        ax.text(*xy.mean(0), size, color=colour, ha="center", va="center", fontsize=10, weight="bold", zorder=3,
-                path_effects=[withStroke(linewidth=3, foreground="white")])
+        ax.scatter(*xy.T, s=16, alpha=0.5, linewidth=0, marker=marker, color=colour,
+                   label=f"{size} {group[c]}")
+        ax.text(*xy.mean(0), size, color=colour, ha="center", va="center", fontsize=10,
+                weight="bold", zorder=3, path_effects=[withStroke(linewidth=3, foreground="white")])
     lim = 1.08 * max(abs(points).max(), 1e-6)
-    ax.set(title=textwrap.fill(head["name"], 28), xlim=(-lim, lim), ylim=(-lim, lim), xticks=(), yticks=(),
-           xlabel=f"PC 1: {100 * share[0]:.0f} % of variance", ylabel=f"PC 2: {100 * share[1]:.0f} %", box_aspect=1)
+    ax.set(title=textwrap.fill(head["name"], 28), box_aspect=1,
+           xlim=(-lim, lim), ylim=(-lim, lim), xticks=(), yticks=(),
+           xlabel=f"PC 1: {100 * share[0]:.0f} % of variance",
+           ylabel=f"PC 2: {100 * share[1]:.0f} %")
 
 
 def draw_features(heads, lists, device, file):
-    """A panel for each backbone; of several seeds the first. lists: the list that each head was evaluated on."""
+    """A panel per backbone, the first seed's if there are several. lists: the list that each head was evaluated on."""
     runs = {}
     for head, name in zip(heads, lists):
         runs.setdefault(re.sub(r"-seed\d+", "", head["name"]), (head, name))
@@ -164,8 +180,8 @@ def draw_features(heads, lists, device, file):
     title = f"classes by their images in {heads[0]['counts_of']}"
     if any(head["counts"] != heads[0]["counts"] for head in heads):
         title += " (first panel)"
-    legend = fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, markerscale=1.5,
-                        title=title)
+    legend = fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+                        ncols=4, markerscale=1.5, title=title)
     for handle in legend.legend_handles:
         handle.set_alpha(1)
     save(fig, file)
@@ -177,8 +193,9 @@ def draw_sizes(lists, file):
     styles = zip(itertools.cycle(MARKERS), itertools.cycle(LINES))
     for i, ((name, row), (marker, line)) in enumerate(zip(lists.items(), styles)):
         n = sorted(row["counts"], reverse=True)
-        ax.plot(range(1, len(n) + 1), n, marker=marker, linestyle=line, label=name, markevery=max(1, len(n) // 10),
-                color=plt.cm.plasma(0.8 * i / len(lists)))                # up to an orange
+        colour = plt.cm.plasma(0.8 * i / len(lists))                      # ends at orange
+        ax.plot(range(1, len(n) + 1), n, marker=marker, linestyle=line, label=name,
+                markevery=max(1, len(n) // 10), color=colour)
     ax.set(xlabel="classes, largest first", ylabel="training images of the class", yscale="log")
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.grid(alpha=0.3)
@@ -188,20 +205,21 @@ def draw_sizes(lists, file):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="+", type=Path, help="head.pt files that evaluate.py has scored, or one splits.json")
+    p.add_argument("files", nargs="+", type=Path, help="head.pt that evaluate.py has scored, or one splits.json")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder of the pictures; default: runs")
-    p.add_argument("--data", help="the folder that the lists' paths start from; default: where the head was trained")
+    p.add_argument("--data", help="the folder that paths in lists start from; default: the head's")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     style()
     if args.files[0].name == "splits.json":
-        return draw_sizes(json.loads(args.files[0].read_text())["lists"], args.out / "class_sizes.png")
+        lists = json.loads(args.files[0].read_text())["lists"]
+        return draw_sizes(lists, args.out / "class_sizes.png")
 
     heads, rows, lists = [load_head(file, args.data) for file in args.files], [], []
     for head in heads:
         scored = sorted(head["path"].parent.glob("eval*.json"))
         if not scored:
-            sys.exit(f"error: no eval.json beside {head['path']}; run evaluate.py on it first")
+            sys.exit(f"error: no eval.json next to {head['path']}; run evaluate.py on it first")
         of_head = [json.loads(file.read_text()) for file in scored]
         rows += of_head
         lists.append(of_head[0]["list"])

@@ -12,19 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib
-
 from det_data import read_datasets, read_pixels, to_mask
+from tools.plots import OKABE_ITO, plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-# Okabe and Ito's colours, without black and grey
-COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00"]
+# of the categories, in turn
+COLOURS = [OKABE_ITO[name] for name in ("orange", "sky blue", "green", "yellow", "blue", "vermilion")]
 
 
 def draw(ax, title, image, things, names):
-    """things: annotations or detections of the image. names: of category ids."""
+    """things: annotations or detections of the image. names: {category id: name}."""
     ax.imshow(read_pixels(image).permute(1, 2, 0))
     ax.set_title(title)
     ax.axis("off")
@@ -34,7 +30,8 @@ def draw(ax, title, image, things, names):
         x, y, w, h = thing["bbox"]
         ax.add_patch(plt.Rectangle((x, y), w, h, fill=False, color=colour, linewidth=2))
         score = f" {thing['score']:.2f}" if "score" in thing else ""
-        ax.text(x, y, names[category] + score, color="white", backgroundcolor=colour, fontsize=8, va="bottom")
+        ax.text(x, y, names[category] + score, color="white", backgroundcolor=colour, fontsize=8,
+                va="bottom")
         if thing.get("segmentation"):
             mask = to_mask(thing["segmentation"], image["height"], image["width"])
             ax.contour(mask, [0.5], colors=[colour], linewidths=1)
@@ -56,7 +53,8 @@ def main():
     for image in test["images"][:args.n]:
         height = 5 * image["height"] / image["width"] + 0.4
         fig, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained")
-        for ax, title, things in ((axes[0], "ground truth", test["annotations"]), (axes[1], "detections", detections)):
+        pair = (("ground truth", test["annotations"]), ("detections", detections))
+        for ax, (title, things) in zip(axes, pair):
             draw(ax, title, image, [t for t in things if t["image_id"] == image["id"]], names)
         fig.savefig(args.run / f"show_{image['id']}.png", dpi=100)
         plt.close(fig)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import checkpoint
+import data
 import det_data
 import make_lt
 import resnet

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The main job on the embedded digits: KCL and CE on a long tail of imbalance 100, from nothing to the table.
-# Installs into .venv what requirements.txt names, then takes 3.2 to 4 minutes on 2 slow CPU cores. Stopped, it goes on
-# where it was. SEED=1 is another run: other images, another order of the classes. SMOKE=1 trains one epoch, in runs/smoke.
+# Installs what requirements.txt names into .venv, then takes 3.2 to 4 minutes on 2 slow CPU cores. Run it again and
+# it resumes. SEED=1 is another run, with other images and another order of the classes. SMOKE=1 trains for one
+# epoch, in runs/smoke.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -e .venv ] || python3 -m venv .venv
@@ -15,22 +16,23 @@ ce=$runs/digits-lt-ce-seed$seed kcl=$runs/digits-lt-kcl-seed$seed
 train() {
     run=$runs/digits-lt-$1-seed$seed
     python train_rep.py --loss $1 --dataset digits --data $data --seed $seed --out $run $short    # stage 1
-    # stage 2 on the long tail, of CE this is cRT, and on the balanced set
+    # stage 2 on the long tail (for CE this is cRT) and on the balanced set
     python train_linear.py $run/backbone.pt --protocol lt --seed $seed $short & local lt=$!
     python train_linear.py $run/backbone.pt --protocol rep --features cached --seed $seed $short
     wait $lt
 }
-# side by side, half of the cores each. Two cores serve both runs: a thread that waits leaves its core to the other run
+# side by side, with half of the cores each. Up to three cores serve both runs: a thread that waits leaves its core
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=$((cores / 2))
 [ $cores -gt 3 ] || export OMP_NUM_THREADS=$cores OMP_WAIT_POLICY=passive
-# CE's progress is the second line, what it prints goes to a file
+# CE's progress bar is the second line, and what it prints goes to a file
 mkdir -p $runs
 TQDM_POSITION=1 train ce > $runs/ce.txt & side=$!
 trap 'pkill -P $side || true' EXIT
 train kcl
 wait $side
 
-heads="$ce/head.pt $ce/linear-lt/head.pt $kcl/linear-lt/head.pt $ce/linear-rep-cached/head.pt $kcl/linear-rep-cached/head.pt"
+heads="$ce/head.pt $ce/linear-lt/head.pt $kcl/linear-lt/head.pt"
+heads+=" $ce/linear-rep-cached/head.pt $kcl/linear-rep-cached/head.pt"
 python evaluate.py $heads --tau-norm --workers 0 \
     --names "CE, joint" "CE, tau-norm" "CE, cRT" KCL "balanced set: CE" "balanced set: KCL"

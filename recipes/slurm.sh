@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# train_rep.py on several machines, one torchrun on each; the arguments are train_rep.py's:
+# Runs train_rep.py on several machines, with one torchrun on each. The arguments are those of train_rep.py:
 #   sbatch recipes/slurm.sh --loss kcl --data /path/to/imagenet --list ImageNet_LT_train.txt --out runs/kcl --amp
-# Two minutes before its time is over the job queues itself again, and goes on from its last checkpoint, of which there
-# is one at the end of each epoch. Every machine must see --out. Not run here.
+# Two minutes before its time is over the job queues itself again, and then resumes from its last checkpoint, which is
+# written at the end of each epoch. Every machine must see --out. Not run here.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

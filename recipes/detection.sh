@@ -7,35 +7,24 @@
 #   CE, ImageNet       81.26 53.66 59.19     40.01 59.76 43.29        34.85 56.60 37.02
 #   CL, ImageNet       81.28 56.10 62.71     40.34 60.05 44.09        35.14 56.88 37.56
 #   KCL, ImageNet      82.32 55.51 62.05     40.79 60.63 43.99        35.45 57.40 37.80
-# CE's rows and, after ImageNet, CL's are computed from its differences; CE's 76.5 is 76.45 by KCL's and 76.55 by CL's.
-# It names neither detector nor schedule: R50-C4, 24k steps on VOC and 2x on COCO are inferred (transfer_det.py).
+# CE's rows and, on ImageNet, CL's are computed from the differences that it prints; CE's 76.5 is 76.45 from KCL's
+# difference and 76.55 from CL's. The paper names neither detector nor schedule: R50-C4, 24k steps on VOC and 2x on
+# COCO are inferred (transfer_det.py).
 #
-# Data: $IMAGENET as in table2_imagenet_lt.sh, $VOC: VOCdevkit with VOC2007/ and VOC2012/, $COCO: annotations/,
-# train2017/ and val2017/; pip install pycocotools.
-# 198 hours on 8 V100, less on A100 (detectron2's 0.55 and 0.58 s a step, for 24k and 180k steps), and 14 on 8 A100 more
-# where the six backbones are not there; estimated, not run here: results/bench.md.
-# Run again, it goes on where it stopped; a finished run or classifier is kept. SMOKE=1 tries every line in small.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-IMAGENET=${IMAGENET:-/path/to/imagenet} VOC=${VOC:-/path/to/VOCdevkit} COCO=${COCO:-/path/to/coco}
-GPUS=${GPUS:-8} SEED=${SEED:-0}
-if [ "${SMOKE:-}" ]; then . recipes/smoke.sh; fi
+# Data: $IMAGENET as in table2_imagenet_lt.sh, $VOC a VOCdevkit with VOC2007/ and VOC2012/, $COCO with annotations/,
+# train2017/ and val2017/. Needs pycocotools.
+# 198 hours on 8 V100, less on A100 (detectron2's 0.55 and 0.58 s per step, for 24k and 180k steps), and 14 more on
+# 8 A100 if the six backbones are not there. Estimated and not run here; see results/bench.md.
+# Run it again and it resumes; finished runs and classifiers are kept. SMOKE=1 tries every line in miniature.
+VOC=${VOC:-/path/to/VOCdevkit} COCO=${COCO:-/path/to/coco}
+. "$(dirname "$0")/backbones.sh"
 for folder in $VOC $COCO; do
     [ -d $folder ] || { echo "error: $folder: no such folder; VOC and COCO name the two data sets" >&2; exit 1; }
 done
 
-torchrun="torchrun --nproc_per_node=$GPUS" runs=runs/seed$SEED
-lt="--data $IMAGENET --list ImageNet_LT_train.txt --virtual-gpus 8 --amp --seed $SEED"
-full="--data $IMAGENET --list train_full.txt --weight-decay 1e-4 --virtual-gpus 8 --amp --seed $SEED"
+backbones
 
-# the backbones of table2_imagenet_lt.sh and table6_imagenet.sh; those that are there already are kept
-python make_lt.py --dataset imagenet --data $IMAGENET
-for loss in ce cl kcl; do
-    $torchrun train_rep.py --loss $loss $lt   --out $runs/imagenet-lt-$loss                         # 0.2, 0.5, 0.5 h
-    $torchrun train_rep.py --loss $loss $full --out $runs/imagenet-$loss                            # 1.9, 5.6, 5.6 h
-done
-
-# 16 images a step, 2 a GPU or a part
+# 16 images per step, 2 at a time
 for run in $runs/imagenet-{lt-,}{ce,cl,kcl}; do
     $torchrun transfer_det.py --dataset voc --data $VOC --pretrained $run/backbone.pt --accumulate $((8 / GPUS)) \
         --seed $SEED --out $run/voc                                                                         # 4 h

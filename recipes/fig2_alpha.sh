@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Fig. 2: accuracy and balancedness of CE and CL, learned from ever longer tails, LT0 (balanced) to LT, with classifiers
-# on the balanced set. A picture without numbers; to look for: CE's accuracy and balancedness fall with alpha, CL's do
-# not.
+# Fig. 2: accuracy and balancedness of CE and CL, trained on ever longer tails, LT0 (balanced) to LT, with
+# classifiers on the balanced set. The paper has a picture without numbers. Look for this: CE's accuracy and
+# balancedness fall with alpha, CL's do not.
 #
-# Data: $IMAGENET as in table2_imagenet_lt.sh; make_lt.py writes the lists of App. B (LT0 has 116 images a class by App.
-# B's formula, 115 in the authors' table: make_lt.py --lt0 authors).
-# 15 hours on 8 A100, estimated, not run here: images x epochs at 16,621 images/s (CE), 12,404 (CL) and 21,744 (stage 2:
-# three times TF32 training, since it runs forward alone), if the images come as fast; results/bench.md.
-# Run again, it goes on where it stopped; a finished run or classifier is kept. SMOKE=1 tries every line in small.
+# Data: $IMAGENET as in table2_imagenet_lt.sh; make_lt.py writes the lists of App. B (its formula gives LT0 116
+# images per class, the authors' table has 115: make_lt.py --lt0 authors).
+# 15 hours on 8 A100, estimated and not run here: images x epochs at 16,621 images/s (CE), 12,404 (CL) and 21,744
+# (stage 2: three times TF32 training, since it only runs forward), if the images come as fast; results/bench.md.
+# Run it again and it resumes; finished runs and classifiers are kept. SMOKE=1 tries every line in miniature.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 IMAGENET=${IMAGENET:-/path/to/imagenet} GPUS=${GPUS:-8} SEED=${SEED:-0} ALPHAS=${ALPHAS:-lt0 lt2 lt4 lt6 lt8 lt}
@@ -22,7 +22,7 @@ for alpha in $ALPHAS; do
     for loss in ce cl; do
         run=$runs/imagenet-$alpha-$loss
         lr=30; [ $loss != ce ] || lr=0.1
-        $torchrun train_rep.py --loss $loss --data $IMAGENET --list $list --virtual-gpus 8 --amp --seed $SEED \
+        $torchrun train_rep.py --loss $loss --data $IMAGENET --list $list --amp --compile --seed $SEED \
             --out $run                                                                                  # 0.2 h, 0.5 h
         $torchrun train_linear.py $run/backbone.pt --protocol rep --lr $lr --seed $SEED             # 0.2 h, 1.6 h
         heads+=" $run/linear-rep/head.pt"

@@ -1,13 +1,13 @@
-# What SMOKE=1 changes, sourced by the other recipes: their commands run as they stand there, but in runs/smoke, on tiny
-# random images in the real layouts (stand_ins.py), on one process, and with flags at the end that make them short.
+# What SMOKE=1 changes, sourced by the other recipes. Their commands run as they stand there, but in runs/smoke, on
+# tiny random images in the real layouts (stand_ins.py), in one process, and with flags at the end that shorten them.
 [ -d runs/smoke/coco ] || python recipes/stand_ins.py runs/smoke
 echo "SMOKE=1: random images, one epoch; the numbers mean nothing" >&2
 project=$PWD
 cd runs/smoke
 IMAGENET=imagenet INAT=inat2018 PLACES=places365 VOC=VOCdevkit COCO=coco GPUS=1
-ALPHAS="lt0 lt" KS=2 IMBALANCES=100  # of each loop less
+ALPHAS="lt0 lt" KS=2 IMBALANCES=100  # fewer rounds of each loop
 
-short() {  # the flags for a command; of a flag that is said twice the last counts
+short() {  # the flags for a command; if a flag is given twice, its last value counts
     case $1 in
         train_rep.py) echo --epochs 1 --arch resnet8s --batch 4 --queue 16 --virtual-gpus 1 ;;
         train_linear.py) echo --epochs 1 --batch 4 ;;
@@ -20,4 +20,7 @@ short() {  # the flags for a command; of a flag that is said twice the last coun
     esac
 }
 python() { command python "$project/$1" "${@:2}" $(short "$@"); }
-torchrun() { command torchrun "$1" "$project/$2" "${@:3}" $(short "${@:2}"); }
+torchrun() {  # without --compile, which would take minutes on a CPU
+    local flags=${*:3}
+    command torchrun "$1" "$project/$2" ${flags/--compile/} $(short "${@:2}")
+}

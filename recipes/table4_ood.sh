@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Table 4: out-of-distribution generalisation on full ImageNet. Representations of 500 source classes, with classifiers
-# for these, for the 500 target classes, and for all. The paper's text has of its top-1:
+# Table 4: out-of-distribution generalisation on full ImageNet. Representations are trained on 500 source classes,
+# with classifiers for these, for the 500 target classes, and for all. Top-1 in the paper's text:
 #                   overlap                              independent
 #   CE    gap 10.5, above CL on both halves    gap 32.5, full 5 points below its own on overlap
 #   CL    gap  1.8, full 58.3                  gap 13.4, full 58.2, target 4.3 above CE's
 #   KCL   more than 3 points above both, in all four settings
-# The gap is source minus target: the first of a method's three rows minus the second. CE's source accuracy is that of a
-# new classifier here, as CL's and KCL's, not of the head that was trained along.
+# The gap is source minus target, the first of a method's three rows minus the second. CE's source accuracy is that
+# of a new classifier here, like CL's and KCL's, not that of the head that was trained together with the features.
 #
 # Data: $IMAGENET as in table2_imagenet_lt.sh; make_lt.py writes the authors' halves into overlap_source/ and so on.
-# 27 hours on 8 A100, estimated, not run here: images x epochs at 16,621 images/s (CE), 12,404 (CL, KCL) and 21,744
-# (stage 2: three times TF32 training, since it runs forward alone), if the images come as fast; results/bench.md.
-# Run again, it goes on where it stopped; a finished run or classifier is kept. SMOKE=1 tries every line in small.
+# 27 hours on 8 A100, estimated and not run here: images x epochs at 16,621 images/s (CE), 12,404 (CL, KCL) and 21,744
+# (stage 2: three times TF32 training, since it only runs forward), if the images come as fast; results/bench.md.
+# Run it again and it resumes; finished runs and classifiers are kept. SMOKE=1 tries every line in miniature.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 IMAGENET=${IMAGENET:-/path/to/imagenet} GPUS=${GPUS:-8} SEED=${SEED:-0}
@@ -26,7 +26,7 @@ for split in overlap independent; do
         # stage 2 of CE has the parameters of its stage 1 (App. A); BalFeat's weight decay is 1e-4 here
         stage2="--protocol rep --lr 30"; [ $loss != ce ] || stage2="--protocol rep --lr 0.1 --weight-decay 1e-4"
         $torchrun train_rep.py --loss $loss --data $IMAGENET --list ${split}_source/train_full.txt --weight-decay 1e-4 \
-            --virtual-gpus 8 --amp --seed $SEED --out $run                                              # 0.9 h, 2.8 h
+            --amp --compile --seed $SEED --out $run                                                     # 0.9 h, 2.8 h
         $torchrun train_linear.py $run/backbone.pt $stage2 --seed $SEED \
             --list ${split}_source/train_full.txt --out $run/source                                     # 0.1 h, 0.8 h
         $torchrun train_linear.py $run/backbone.pt $stage2 --seed $SEED \

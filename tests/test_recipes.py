@@ -1,4 +1,4 @@
-"""The recipes: every line of every one, in small, as SMOKE=1 runs it; where they stop; what slurm.sh starts."""
+"""The recipes: every line of each in miniature, as SMOKE=1 runs it, when they stop, and what slurm.sh starts."""
 import importlib
 import multiprocessing
 import os
@@ -22,14 +22,14 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {name: importlib.import_module(name.replace("/", ".")).main for name in (
     "make_lt", "train_rep", "train_linear", "evaluate", "transfer_det", "tools/plots", "recipes/stand_ins")}
 
-# Stands for `python` and `torchrun`: hands its arguments to the test, and ends as the test says. A real one would take
-# three seconds to import torch, 200 times.
+# Stands for `python` and `torchrun`: sends its arguments to the test, prints what the test replies, and ends with the
+# exit status at the reply's end. A real one would take three seconds to import torch, 200 times.
 SHIM = """#!/bin/bash
 exec 3<>/dev/tcp/127.0.0.1/{port}
 printf '%s\\0' "$#" "$PWD" "${{0##*/}}" "$@" >&3
-said=$(cat <&3)
-printf '%s' "${{said%$'\\n'*}}"
-exit "${{said##*$'\\n'}}"
+reply=$(cat <&3)
+printf '%s' "${{reply%$'\\n'*}}"
+exit "${{reply##*$'\\n'}}"
 """
 
 
@@ -54,8 +54,8 @@ def project(tmp_path_factory, digits):
 
 @pytest.fixture
 def bash(project, tmp_path, monkeypatch):
-    """bash("table4_ood", SMOKE=1): a recipe, with images of 32 px; returns (exit status, what it printed, [[program,
-    arguments ...] of each command])."""
+    """bash("table4_ood", SMOKE=1) runs a recipe with images of 32 px. Returns its exit status, what it printed, and
+    [[program, arguments ...] of each command]."""
     for name in ("imagenet", "inat18", "places365"):
         monkeypatch.setitem(data.DATASETS, name, {**data.DATASETS[name], "pixels": 32, "resize": 36})
     for name in ("voc", "coco"):
@@ -97,7 +97,7 @@ def bash(project, tmp_path, monkeypatch):
 
 
 def rows(printed):
-    """Of the tables of evaluate.py, `run: classifier` a line; of transfer_det.py's, `run/data set`."""
+    """Each line of the tables that were printed: `run: classifier` of evaluate.py, `run/data set` of transfer_det.py."""
     return re.findall(r"^\| (\S+/\S+) +\|", printed, re.M) + [
         f"{run}: {classifier}" for run, classifier in re.findall(r"^\| ([\w-]+) +\|.*\| ([^|,]+)[^|]*\|$", printed, re.M)
         if run != "run"]
@@ -133,21 +133,33 @@ EXPECTED = {
 
 
 def test_none_is_forgotten():
-    others = {"digits", "slurm", "smoke"}  # below, and what the others source
+    others = {"digits", "slurm", "smoke", "backbones"}  # below, and what the others source
     assert {file.stem for file in (ROOT / "recipes").glob("*.sh")} == others | set(EXPECTED)
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)
 def test_every_line_in_small(bash, recipe):
-    """Each command of the recipe, with its own flags before those that make it short, ends well; the tables have their
-    rows. Since the flags are the real ones, one that a script no longer knows ends here."""
-    code, printed, _ = bash(recipe, SMOKE=1)
+    """Each command of the recipe ends well and the tables have their rows. A command has its real flags, and after them
+    those that shorten it, so a flag that a script no longer knows fails here."""
+    code, printed, commands = bash(recipe, SMOKE=1)
     assert code == 0, printed[-3000:]
     assert rows(printed) == EXPECTED[recipe]
+    assert not any("--compile" in command for command in commands)  # minutes each, on a CPU
+
+
+@pytest.mark.parametrize("loss", ["ce", "ldam", "kcl"])
+def test_one_of_three_losses_side_by_side_fails(tmp_path, loss):
+    """Then the recipe does too, before it evaluates."""
+    log = tmp_path / "commands.txt"
+    (tmp_path / "python").write_text(f'#!/bin/bash\necho "$*" >> {log}\n[[ "$*" != *"--loss {loss} "* ]] || exit 7\n')
+    (tmp_path / "python").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["bash", ROOT / "recipes/cifar_lt.sh"], env=env).returncode == 7
+    assert "train_rep.py --loss kcl" in log.read_text() and "evaluate.py" not in log.read_text()
 
 
 def test_the_main_job(bash):
-    """The six rows of the README, by their names; nothing speaks of seeds where there is one."""
+    """The six rows of the README, by their names. With one seed nothing is printed about seeds."""
     code, printed, commands = bash("digits", SMOKE=1)
     assert code == 0, printed[-3000:]
     assert re.findall(r"^\| ([^|]+?) +\|", printed, re.M) == [
@@ -155,7 +167,7 @@ def test_the_main_job(bash):
     assert "seeds" not in printed and commands[0][1:4] == ["-m", "pip", "install"]
 
 
-def test_run_again_it_goes_on(bash):
+def test_run_again_it_resumes(bash):
     """Nothing is trained twice: neither a representation nor a classifier."""
     assert bash("fig3_generalisation", SMOKE=1, SEED=1)[0] == 0
     code, printed, _ = bash("fig3_generalisation", SMOKE=1, SEED=1)
@@ -171,7 +183,7 @@ def test_without_data_one_sentence(bash, recipe):
 
 
 def test_slurm(tmp_path):
-    """What slurm.sh starts on a cluster, with stubs of its commands; told of the end of its time, it queues itself."""
+    """What slurm.sh starts on a cluster, with stubs of its commands. When its time runs out it queues itself again."""
     stubs = {"srun": 'exec "$@"', "torchrun": 'printf "%s\\n" "$@" > torchrun.txt; kill -USR1 $PPID; sleep 0.2; exit 9',
              "scontrol": 'echo "$@" >> scontrol.txt; printf "node7\\nnode8\\n"'}
     for name, text in stubs.items():

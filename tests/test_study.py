@@ -1,4 +1,4 @@
-"""The study: a cell end to end, the commands of all cells, the statistics, and that the texts are what the lines say."""
+"""The study: a cell end to end, the commands of all cells, the statistics, and texts that say what the lines say."""
 import importlib.util
 import json
 import math
@@ -74,7 +74,7 @@ def test_every_command_parses(tmp_path, digits, monkeypatch):
             for command in sum(commands.values(), []):
                 args = parse(command)
                 assert args.seed == seed
-                if command.startswith("train_rep.py"):  # what stage 2 reads beside the backbone
+                if command.startswith("train_rep.py"):  # what stage 2 reads next to the backbone
                     settings = {"arch": args.arch, "dataset": args.dataset, "data": args.data, "list": args.list,
                                 "loss": args.loss, "list_sha256": checkpoint.sha256(data.find_list(args.data, args.list))}
                     args.out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def test_holm_by_hand():
 
 @pytest.fixture
 def lines(tmp_path):
-    """Made-up lines of five seeds: a little noise around one number, but for four classifiers."""
+    """Made-up lines of five seeds: a little noise around one number, except for four classifiers."""
     top1 = {"kcl/lt": (0.60, 0.61, 0.62, 0.63, 0.64), "ce/joint": (0.50, 0.51, 0.50, 0.51, 0.52),
             "ce/lt": (0.60, 0.62, 0.61, 0.64, 0.64), "kcl-k4/lt": (0.70, 0.72, 0.71, 0.74, 0.74)}
     noise, text = np.random.RandomState(0), ""
@@ -158,7 +158,7 @@ def test_difference_is_of_each_seed_that_all_have(lines):
     assert findings.difference(lines, "seconds", "fcl/lt") == pytest.approx([10, 11, 12, 14])  # 103: on another machine
 
 
-def test_a_claim_stands_in_the_list_of_its_verdict(lines):
+def test_a_claim_is_in_the_list_of_its_verdict(lines):
     verdicts = {claim: verdict for _, claim, _, _, _, verdict in findings.judge(lines)}
     assert verdicts["KCL, 200 epochs, above joint CE, 90"] == "holds"
     assert verdicts["KCL, 200 epochs, above cRT, 90"] == "open"
@@ -196,7 +196,7 @@ def test_the_last_line_of_a_seed_counts(tmp_path):
     assert "only some seeds are new in ce-200 (2 of 3 seeds):" in mixed.lower()
 
 
-def test_rates_stand_below_their_number(tmp_path):
+def test_a_rate_is_below_its_number(tmp_path):
     """Whatever the order of the lines."""
     tried = ((1, 0.4), (0.03, 0.1), (0.3, 0.3), (0.1, 0.2))
     text = "".join(json.dumps({"cell": f"tune-ce-{rate:g}", "seed": 10, "classifier": "lt", "top1": top1, "machine": ""}) + "\n"

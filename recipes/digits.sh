@@ -21,7 +21,8 @@ train() {
     python train_linear.py $run/backbone.pt --protocol rep --features cached --seed $seed $short
     wait $lt
 }
-# side by side, with half of the cores each. Up to three cores serve both runs: a thread that waits leaves its core
+# side by side, with half of the cores each. Up to three cores serve both runs, and a thread that waits leaves its core
+# to the other run
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=$((cores / 2))
 [ $cores -gt 3 ] || export OMP_NUM_THREADS=$cores OMP_WAIT_POLICY=passive

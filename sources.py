@@ -1,7 +1,8 @@
 """
 Where images come from: the embedded digits, CIFAR, iNaturalist 2018, and folders of class folders.
 
-make_lt.py cuts them to long tails. A split is a list of C lists: the paths of each class, below the data folder.
+make_lt.py makes long-tailed lists from them. A split is a list of C lists: the paths of each class,
+relative to the data folder.
 """
 import json
 import os
@@ -17,33 +18,34 @@ from tqdm import tqdm
 from data import read_list
 
 EMBEDDED = Path(__file__).parent / "embedded" / "mnist_5k.npz"
-PER_CLASS = {"train": 350, "val": 50, "test": 100}  # digits; none serves two splits
-COMPOSITIONS = {"train": 1, "val": 4, "test": 4}    # images of each digit: other places, clutter and noise
+PER_CLASS = {"train": 350, "val": 50, "test": 100}  # digits; no digit is in two splits
+COMPOSITIONS = {"train": 1, "val": 4, "test": 4}    # images of each digit, with other places, clutter and noise
+HOLDOUT = 20                                        # validation images per class of a data set that has none
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
 PUBLISHED = {"train_lt": "ImageNet_LT_train", "val": "ImageNet_LT_val", "test": "ImageNet_LT_test"}
 
 
 def expect(path, what):
-    """Exit where a file or folder is missing."""
+    """Exit if a file or folder is missing."""
     if not path.exists():
-        sys.exit(f"error: {path} is missing: {what}; `python make_lt.py --help` has the layouts")
+        sys.exit(f"error: {path} is missing: {what}; `python make_lt.py --help` shows the layouts")
 
 
 # ---- the embedded digits
 
 def clutter(digits, i, rng):
-    """Digit i of `digits` (n, 22, 22) in clutter, uint8 (32, 32): clean digits are too easy for a long tail to hurt.
+    """Digit i of `digits` (n, 22, 22) in clutter, uint8 (32, 32). Clean digits are too easy for a long tail to hurt.
 
-    The digit has a random place. Five 7 x 7 fragments of other digits cover it where they are brighter. Gaussian noise
-    of std 0.15 is added.
+    The digit is at a random place. Five 7 x 7 fragments of other digits cover it wherever they are brighter. Gaussian
+    noise with a std of 0.15 is added.
     """
     canvas = np.zeros((32, 32), np.uint8)
     y, x = rng.randint(0, 32 - 22 + 1, 2)
     canvas[y:y + 22, x:x + 22] = digits[i]
 
     for _ in range(5):
-        other = (i + rng.randint(1, len(digits))) % len(digits)  # never i itself
-        y, x = rng.randint(4, 4 + 14 - 7 + 1, 2)                 # from the inner 14 px, where the ink is
+        other = (i + rng.randint(1, len(digits))) % len(digits)  # never digit i itself
+        y, x = rng.randint(4, 4 + 14 - 7 + 1, 2)                 # in the inner 14 px, where the ink is
         v, u = rng.randint(0, 32 - 7 + 1, 2)
         fragment = digits[other][y:y + 7, x:x + 7]
         canvas[v:v + 7, u:u + 7] = np.maximum(canvas[v:v + 7, u:u + 7], fragment)
@@ -54,10 +56,10 @@ def clutter(digits, i, rng):
 
 def split_digits(labels, rng):
     """{split: indices (10 * PER_CLASS[split],) of its digits, class by class}, drawn from labels (n,)."""
-    of_class = [rng.permutation(np.flatnonzero(labels == c)) for c in range(10)]
+    by_class = [rng.permutation(np.flatnonzero(labels == c)) for c in range(10)]
     splits, start = {}, 0
     for split, n in PER_CLASS.items():
-        splits[split] = np.concatenate([digits[start:start + n] for digits in of_class])
+        splits[split] = np.concatenate([digits[start:start + n] for digits in by_class])
         start += n
     return splits
 
@@ -65,12 +67,16 @@ def split_digits(labels, rng):
 def compose(root, rng):
     """Write root/<split>/<class>/<number>.png; returns {"train", "val", "test": split}."""
     embedded = np.load(EMBEDDED)
-    chosen, splits = split_digits(embedded["labels"], rng), {}
-    for name, n in PER_CLASS.items():
+    chosen = split_digits(embedded["labels"], rng)
+    splits = {}
+    for name, per_class in PER_CLASS.items():
         digits = [Image.fromarray(digit) for digit in embedded["images"][chosen[name]]]
         digits = np.stack([digit.resize((22, 22), Image.BILINEAR) for digit in digits])
+
+        # digits and paths are both class by class, so image number i shows digit i // copies
         copies = COMPOSITIONS[name]
-        splits[name] = [[f"{name}/{c}/{i:03d}.png" for i in range(n * copies)] for c in range(10)]
+        numbers = range(per_class * copies)
+        splits[name] = [[f"{name}/{c}/{number:03d}.png" for number in numbers] for c in range(10)]
         for i, path in enumerate(sum(splits[name], [])):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(clutter(digits, i // copies, rng)).save(root / path)
@@ -80,13 +86,13 @@ def compose(root, rng):
 # ---- CIFAR and iNaturalist
 
 def unpack_cifar(root, dataset):
-    """Write torchvision's CIFAR as root/{train,test}/<class>/<number>.png, once; downloads it where it is missing."""
+    """Write torchvision's CIFAR as root/{train,test}/<class>/<number>.png if it is not there; download it if needed."""
     kind = CIFAR10 if dataset == "cifar10" else CIFAR100
     for part in ("train", "test"):
         if (root / part).is_dir():
             continue
         images = kind(root, train=part == "train", download=True)
-        with tempfile.TemporaryDirectory(dir=root) as tmp:  # renamed when complete
+        with tempfile.TemporaryDirectory(dir=root) as tmp:  # renamed when it is complete
             for i, (image, label) in enumerate(tqdm(images, desc=f"{dataset} {part}", leave=False)):
                 file = Path(tmp, part, images.classes[label], f"{i:05d}.png")
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,15 +101,16 @@ def unpack_cifar(root, dataset):
 
 
 def inaturalist(root):
-    """{list name: [(path, label)]} of the official json files, line for line the lists of Kang et al. 2020."""
+    """{list name: [(path, label)]} from the official json files, line by line as Kang et al. 2020 have it."""
     expect(root / "train_val2018", "the folder of the images")
     lists = {}
     for part in ("train", "val"):
         file = root / f"{part}2018.json"
         expect(file, "the official annotations")
         content = json.loads(file.read_text(encoding="utf-8"))
-        label = {a["image_id"]: a["category_id"] for a in content["annotations"]}
-        lists[f"iNaturalist18_{part}"] = [(image["file_name"], label[image["id"]]) for image in content["images"]]
+        label_of = {a["image_id"]: a["category_id"] for a in content["annotations"]}
+        lines = [(image["file_name"], label_of[image["id"]]) for image in content["images"]]
+        lists[f"iNaturalist18_{part}"] = lines
     return lists
 
 
@@ -119,76 +126,87 @@ def read_split(root, name, C=0):
 
 
 def refuse_other_numbering(split, names):
-    """Exit where a split numbers its class folders otherwise than in their sorted order, `names`."""
+    """Exit if the classes of a split are not numbered in the sorted order of their folder names, `names`."""
     for c, paths in enumerate(split):
-        if paths and [Path(paths[0]).parent.name] != names[c:c + 1]:
-            sys.exit(f"error: {paths[0]} has label {c}, but class {c} of the {len(names)} sorted class folders is "
-                     f"{names[c] if c < len(names) else 'none'}; the list is of other data")
+        expected = names[c] if c < len(names) else None
+        if paths and Path(paths[0]).parent.name != expected:
+            sys.exit(f"error: {paths[0]} has label {c}, but class {c} of the {len(names)} sorted "
+                     f"class folders is {expected}; the list belongs to other data")
 
 
 def scan(root, folder):
-    """Class names and split of root/folder/<class>/<image>, both sorted. A folder without an image is no class."""
+    """Class names and split of root/folder/<class>/<image>, both sorted. A folder without images is not a class."""
+    expect(root / folder, "the folder of <class>/<image>")
     names, split = [], []
     folders = sorted(entry.name for entry in os.scandir(root / folder) if entry.is_dir())
     for name in tqdm(folders, desc=f"{root / folder}", unit="class", leave=False):
         files = sorted(os.listdir(root / folder / name))
-        paths = [Path(folder, name, file).as_posix() for file in files if file.lower().endswith(IMAGES)]
-        if paths:
+        images = [file for file in files if file.lower().endswith(IMAGES)]
+        if images:
             names.append(name)
-            split.append(paths)
-        elif not name.endswith(("_source", "_target")):  # those hold lists
-            print(f"no class: {root / folder / name} holds no image")
+            split.append([Path(folder, name, image).as_posix() for image in images])
+        elif not name.endswith(("_source", "_target")):  # those contain lists
+            print(f"not a class: {root / folder / name} contains no image")
     if not names:
-        sys.exit(f"error: {root / folder} holds no <class>/<image>; an image ends in {' '.join(IMAGES)}")
+        sys.exit(f"error: {root / folder} contains no <class>/<image>; "
+                 f"the name of an image ends in {' '.join(IMAGES)}")
     return names, split
 
 
 def hold_out(full, n, seed):
-    """n images of each class, drawn by the seed. n None: 20, but no more than a fifth of the class."""
-    rng, held = np.random.RandomState(seed), []
+    """The split of n random images of each class. n None means HOLDOUT, but at most a fifth of the class."""
+    rng = np.random.RandomState(seed)
+    held = []
     for paths in full:
-        wanted = max(1, min(20, len(paths) // 5)) if n is None else n
+        wanted = n
+        if n is None:
+            wanted = max(1, min(HOLDOUT, len(paths) // 5))
         if wanted >= len(paths):
+            folder = Path(paths[0]).parent.name
             sys.exit(f"error: --holdout would take {wanted} of the {len(paths)} images of class "
-                     f"{Path(paths[0]).parent.name} and leave none to train; say a smaller number, or drop the class")
-        held.append([paths[i] for i in sorted(rng.permutation(len(paths))[:wanted])])
+                     f"{folder} and leave none to train on; pass a smaller one or drop the class")
+        drawn = rng.permutation(len(paths))[:wanted]
+        held.append([paths[i] for i in sorted(drawn)])
     return held
 
 
-def class_folders(root, dataset, full_list, holdout, seed):
-    """Class names and the splits full, val and test of the layouts that make_lt.py describes; full still holds val.
+def class_folders(root, dataset, holdout, seed):
+    """Class names and the splits full, val and test, for the layouts in make_lt.py's docstring.
 
-    full_list: a list in place of the folder train/, or None. holdout: images of each class for a missing val or test,
-    see hold_out().
+    full still contains the images that are held out for val. holdout: how many per class; None is hold_out()'s default.
     """
-    if full_list:
-        full = read_split(root, full_list)
-        names = [Path(paths[0]).parent.name for paths in full]
-    elif dataset == "folder" and root.is_dir() and not (root / "train").is_dir():
-        names, full = scan(root, "")
-    else:
-        expect(root / "train", "the folder of <class>/<image>")
-        names, full = scan(root, "train")
+    folder = "train"
+    if dataset == "folder" and not (root / "train").is_dir():
+        folder = ""
+    names, full = scan(root, folder)
 
+    # ImageNet-LT has published lists
     if dataset == "imagenet":
         for name in PUBLISHED.values():
-            expect(root / f"{name}.txt", "a published list; --dataset folder --long-tail imagenet-lt needs none")
-        val, test = (read_split(root, f"{PUBLISHED[part]}.txt", len(names)) for part in ("val", "test"))
+            expect(root / f"{name}.txt",
+                   "a published list; --dataset folder --long-tail imagenet-lt needs none")
+        val = read_split(root, f"{PUBLISHED['val']}.txt", len(names))
+        test = read_split(root, f"{PUBLISHED['test']}.txt", len(names))
         return names, full, val, test
 
+    # the others have folders; other classes than in train/ would shift the labels
     found = {}
     for part in ("val", "test"):
         if (root / part).is_dir():
-            others, found[part] = scan(root, part)
-            if others != names:
+            part_names, found[part] = scan(root, part)
+            if part_names != names:
+                different = min(set(part_names) ^ set(names))
                 sys.exit(f"error: {root / part} has other classes than the training images: "
-                         f"{sorted(set(others) ^ set(names))[0]} is in one of them only")
+                         f"{different} is in one of them only")
+
+    # without any such folder, the test images are taken from the training images
     if not found and dataset == "folder":
         found["test"] = hold_out(full, holdout, seed)
         full = [sorted(set(paths).difference(out)) for paths, out in zip(full, found["test"])]
     elif not found:
         expect(root / "val", "the folder of <class>/<image> that becomes the test list")
 
+    # a single folder is the test set, and the validation images are taken from the training images
     test = found["test"] if "test" in found else found.pop("val")
     val = found["val"] if "val" in found else hold_out(full, holdout, seed)
     return names, full, val, test

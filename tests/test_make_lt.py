@@ -48,7 +48,7 @@ def folder(root, kind="JPEG", **parts):
     (0.8, (857, 10, 115_852)), (1.0, (1279, 5, 115_846))])
 def test_alpha_counts_give_the_papers_table(alpha, published):
     """Table 8; its last row says 1280, but the largest class of the published list has 1279 images."""
-    base = make_lt.read_counts("imagenet-lt")
+    base, _ = make_lt.read_tail(None, "imagenet-lt")
     n = make_lt.alpha_counts(base, alpha)
     assert (max(n), min(n), sum(n)) == published
     assert alpha < 1 or n == base
@@ -68,13 +68,6 @@ def test_exponential_counts_are_cifar_lts():
     n = make_lt.exponential_counts(10, 5000, 100)
     assert n == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50] and sum(n) == 12_406
     assert sum(make_lt.exponential_counts(10, 5000, 10)) == 20_431
-
-
-def test_pareto_counts():
-    n = make_lt.pareto_counts(1000, 1280, 5)
-    x = [((j + 0.5) / 1000) ** (-1 / 6) for j in range(1000)]
-    assert n == [int(5.5 + 1275 * (q - x[-1]) / (x[0] - x[-1])) for q in x]
-    assert (n[0], n[-1]) == (1280, 5) and sum(n) == pytest.approx(104_850, abs=50)
 
 
 def test_overlap_is_the_authors_list():
@@ -135,14 +128,12 @@ def test_halves_are_the_lists_renumbered(script, imagenet, how):
 
 
 def test_same_seed_same_lists(script, imagenet, tmp_path):
-    """Also where a list stands in for the folder, and whatever the order of the published lines."""
+    """In whatever order the published lines are."""
     run = (make_lt, "--dataset", "imagenet", "--data", imagenet, "--out")
     script(*run, tmp_path / "a", "--seed", 3)
-    everything = [f"train/class{c}/train_{i:03d}.JPEG {c}\n" for i in range(60) for c in (2, 0, 3, 1)]
-    (tmp_path / "full.txt").write_text("".join(everything))
     train = imagenet / "ImageNet_LT_train.txt"
     train.write_text("".join(sorted(train.read_text().splitlines(keepends=True), reverse=True)))
-    script(*run, tmp_path / "b", "--seed", 3, "--full", tmp_path / "full.txt")
+    script(*run, tmp_path / "b", "--seed", 3)
     script(*run, tmp_path / "c", "--seed", 4)
     for name in ("train_full.txt", "train_lt2.txt", "overlap_target/train_lt2.txt"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -192,8 +183,6 @@ def test_no_digit_serves_two_splits(tmp_path, monkeypatch):
      dict(train_full=[60, 54, 50], train_lt=[60, 18, 6], train_lt0=[28] * 3, val=[10] * 3, test=[3] * 3)),
     (dict(train=[25, 9, 150], test=[3] * 3), "--long-tail exponential --imbalance 16",  # 84 / 4 = 21 would not fit
      dict(train_full=[20, 8, 130], train_lt=[20, 5, 83], val=[5, 1, 20], test=[3] * 3)),
-    (dict(train=[25, 9, 150], test=[3] * 3), "--long-tail pareto --n-min 7",
-     dict(train_full=[20, 8, 130], train_lt=[20, 7, 53])),
     (dict(train=[5, 6], val=[2] * 2, test=[4] * 2), "",
      dict(train_full=[5, 6], train_lt=[5, 6], val=[2] * 2, test=[4] * 2)),
     ({".": [12, 9]}, "--holdout 3", dict(train_full=[6, 3], train_lt=[6, 3], val=[3] * 2, test=[3] * 2)),
@@ -227,7 +216,7 @@ def test_lists_in_another_folder(script, tmp_path):
         assert data.beside(root, f"{out}/train_lt.txt", name) == f"{out}/{name}"
 
 
-def test_class_sizes_from_a_file_a_list_and_pareto(script, tmp_path):
+def test_class_sizes_from_a_file_and_from_a_list(script, tmp_path):
     root = folder(tmp_path / "X", train=[30] * 3, val=[2] * 3)
     (tmp_path / "sizes.txt").write_text("3\n20\n7\n")
     run = (make_lt, *OWN, root, "--holdout", 5, "--long-tail")
@@ -235,8 +224,6 @@ def test_class_sizes_from_a_file_a_list_and_pareto(script, tmp_path):
     assert sizes_of(tmp_path / "a/train_lt.txt") == [3, 20, 7]
     script(*run, tmp_path / "a/train_lt.txt", "--out", tmp_path / "b")  # a list: its own images
     assert split_of(tmp_path / "b/train_lt.txt") == split_of(tmp_path / "a/train_lt.txt")
-    script(*run, "pareto", "--n-min", 2, "--out", tmp_path / "c")
-    assert sorted(sizes_of(tmp_path / "c/train_lt.txt"), reverse=True) == make_lt.pareto_counts(3, 25, 2)
 
 
 def test_inaturalist(script, tmp_path):
@@ -273,19 +260,19 @@ BACKWARDS = "".join(f"train/class{2 - c}/train_000.JPEG {c}\n" for c in range(3)
 
 
 @pytest.mark.parametrize("file, text, args, sentence", [
-    ("train_lt.txt", "x 0", "", "X/train_lt.txt exists with other content; --overwrite replaces it, --out names another"),
+    ("train_lt.txt", "x 0", "", "X/train_lt.txt exists with other content; pass --overwrite, or another --out"),
     ("val/class9/a.png", "", "", "X/val has other classes than the training images: class9 is in one of them only"),
-    ("lt.txt", EVERY, "--long-tail lt.txt", "the long tail holds train/class0/.* of the validation or test list"),
+    ("lt.txt", EVERY, "--long-tail lt.txt", "the long tail contains train/class0/.* of the validation or test list"),
     ("lt.txt", BACKWARDS, "--long-tail lt.txt", "train/class2/.* has label 0, but class 0 of the 3 .* is class0"),
     ("sizes.txt", "3 4", "--long-tail X/sizes.txt", "sizes.txt has 2 classes, the training images have 3"),
-    ("", "", "--long-tail exponential --n-max 60", "train_lt wants 60 images of class 0 .class0., which has 24 to train"),
-    ("", "", "--holdout 30", "--holdout would take 30 of the 30 images of class class0 and leave none to train"),
-    ("", "", "--long-tail exponential --imbalance 1000", "train_lt. wants 0 images of class 1"),
-    ("", "", "--data nowhere", "nowhere/train is missing: .*; `python make_lt.py --help` has the layouts"),
-    ("", "", "--data .", ". holds no <class>/<image>; an image ends in .jpg"),
+    ("", "", "--long-tail exponential --n-max 60", "train_lt needs 60 images of class 0 .class0., which has 24 to train on; pass a smaller --n-max"),
+    ("", "", "--holdout 30", "--holdout would take 30 of the 30 images of class class0 and leave none to train on"),
+    ("", "", "--long-tail exponential --imbalance 1000", "train_lt. needs 0 images of class 1 .*; pass a smaller --imbalance"),
+    ("", "", "--data nowhere", "nowhere is missing: .*; `python make_lt.py --help` shows the layouts"),
+    ("", "", "--data .", ". contains no <class>/<image>; the name of an image ends in .jpg"),
     ("", "", "--dataset imagenet", "ImageNet_LT_train.txt is missing: a published list; --dataset folder --long-tail"),
     ("", "", "--dataset inat18", "X/train_val2018 is missing: the folder of the images"),
-    ("", "", "--dataset inat18 --long-tail pareto", "inat18 has its own long tail"),
+    ("", "", "--dataset inat18 --long-tail exponential", "inat18 has its own long tail"),
     ("", "", "--dataset digits", "the digits are embedded and take no --data"),
 ])
 def test_one_sentence_where_a_number_would_be_wrong(script, tmp_path, monkeypatch, file, text, args, sentence):

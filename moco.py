@@ -53,8 +53,7 @@ class MoCo(nn.Module):
         self.encoder_q, self.encoder_k = encoder(num_classes=dim), encoder(num_classes=dim)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
-        self.params_q = list(self.encoder_q.parameters())  # collected once: it takes longer than the update itself
-        self.params_k = list(self.encoder_k.parameters())
+        self.parameters_kq = None  # collected at the first update: that takes longer than the update itself
         self.register_buffer("queue", F.normalize(torch.randn(K, dim)))   # (K, d)
         self.register_buffer("queue_labels", torch.full((K,), -1))        # (K,), -1 = no real key yet
         self.ptr = 0  # the slot that the next key takes; a Python int, so that no step waits for the device
@@ -70,7 +69,9 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def update_key_encoder(self):
         """theta_k <- m theta_k + (1 - m) theta_q. Parameters only: each encoder has its own BatchNorm statistics."""
-        torch._foreach_lerp_(self.params_k, self.params_q, 1 - self.m)
+        if self.parameters_kq is None:
+            self.parameters_kq = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+        torch._foreach_lerp_(*self.parameters_kq, 1 - self.m)
 
     @torch.no_grad()
     def keys(self, im_k, labels, prepare=lambda x: x):

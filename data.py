@@ -202,6 +202,41 @@ class RandomResizedCrop(T.RandomResizedCrop):
         return F.interpolate(crop, self.size, mode="bilinear", antialias=True)[0]
 
 
+def adjust_hue(image, turns):
+    """torchvision's adjust_hue of a uint8 image (3, H, W), to one grey level, in a fifth of its time.
+
+    Hues lie on a circle: red at 0, green at a third of a turn, blue at two thirds. A channel has the pixel's largest
+    value up to a sixth of a turn from its own hue, the smallest beyond two sixths, and is linear in between.
+    """
+    rgb = image.short()
+    r, g, b = rgb
+    low, high = rgb.amin(0), rgb.amax(0)                                  # (H, W)
+    chroma = high - low
+
+    # a pixel is as far from pure red as it lacks red and has green and blue; 6 * chroma are a full turn
+    from_red = (high - r) + (g - low) + (b - low)
+    hue = torch.copysign(from_red, g - b)  # positive towards green, negative towards blue
+    hue = hue / (6 * chroma).clamp_(min=1) + turns  # grey has no hue: whatever it gets is times chroma 0
+
+    # in place, since fresh memory takes longer than the arithmetic
+    away = torch.stack([hue, hue - 1 / 3, hue - 2 / 3])                   # (3, H, W)
+    away.sub_(away.round()).abs_()  # the shorter way around the circle
+    share = away.mul_(-6).add_(2).clamp_(0, 1)
+    return share.mul_(chroma).add_(low).mul_(255.999 / 255).byte()  # rounds as torchvision does
+
+
+class ColorJitter(T.ColorJitter):
+    """torchvision's with our adjust_hue, since hue takes most of its time. The random numbers are the same."""
+
+    def transform(self, image, params):
+        for i in params["fn_idx"]:  # a random order of brightness, contrast, saturation and hue
+            if i == 3 and self.hue:
+                image = adjust_hue(image, params["hue_factor"])
+            else:
+                image = super().transform(image, params | {"fn_idx": [i]})
+        return image
+
+
 def augmentation(name, pixels):
     """A random transform uint8 (3, H, W) -> uint8 (3, pixels, pixels)."""
     flip = T.RandomHorizontalFlip()
@@ -209,14 +244,14 @@ def augmentation(name, pixels):
     if name == "sup":  # the paper's for CE, KCL and FCL; scale 0.08 to 1
         return nn.Sequential(RandomResizedCrop(pixels), flip)
     if name == "lt":  # usual in long-tailed recognition
-        return nn.Sequential(RandomResizedCrop(pixels), flip, planes, T.ColorJitter(0.4, 0.4, 0.4, 0))
+        return nn.Sequential(RandomResizedCrop(pixels), flip, planes, ColorJitter(0.4, 0.4, 0.4, 0))
     crop = RandomResizedCrop(pixels, (0.2, 1))
     if name == "moco":  # MoCo v1: the paper's for CL
-        return nn.Sequential(crop, planes, T.RandomGrayscale(0.2), T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip)
+        return nn.Sequential(crop, planes, T.RandomGrayscale(0.2), ColorJitter(0.4, 0.4, 0.4, 0.4), flip)
     if name == "mocov2":
-        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
+        jitter = T.RandomApply([ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
         blur = T.RandomApply([T.GaussianBlur(pixels // 20 * 2 + 1, (0.1, 2.0))], 0.5)  # a tenth of the image, as SimCLR
-        return nn.Sequential(crop, jitter, T.RandomGrayscale(0.2), blur, flip)
+        return nn.Sequential(crop, planes, jitter, T.RandomGrayscale(0.2), blur, flip)
     raise ValueError(f"no augmentation {name}")
 
 

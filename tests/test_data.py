@@ -132,6 +132,74 @@ def test_crop_and_flip_are_torchvisions_pixel_for_pixel():
         assert torch.equal(out[0][0], out[1][0]) and out[0][1] == out[1][1]
 
 
+LEVELS = torch.arange(0, 257, 16).clamp(max=255).to(torch.uint8)          # 0, 16, ..., 240, 255
+COLOURS = {"noise": torch.randint(256, (3, 60, 80), generator=torch.Generator().manual_seed(0)).to(torch.uint8),
+           "smooth": pixels(photo(seed=3)),                               # channels last in memory
+           "greys": torch.arange(256, dtype=torch.uint8).expand(3, 1, 256),  # one plane in memory, as RandomGrayscale's
+           "lattice": torch.stack(torch.meshgrid(LEVELS, LEVELS, LEVELS, indexing="ij")).flatten(2)}  # (3, 17, 289)
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_hue_is_torchvisions_to_one_level(name):
+    """The lattice has black, white and all saturated colours. A multiple of a sixth of a turn is a kink. Hardly any
+    pixel differs at all."""
+    image = COLOURS[name]
+    before, differ, turns = image.clone(), [], [i / 60 for i in range(-30, 31)] + [-1e-4, 1e-4, -0.4999, 0.4999]
+    for turn in turns:
+        ours, theirs = data.adjust_hue(image, turn), v2.functional.adjust_hue(image, turn)
+        assert ours.dtype == torch.uint8 and (ours.int() - theirs.int()).abs().max() <= 1
+        differ.append((ours != theirs).double().mean().item())
+    assert np.mean(differ) < 1e-3
+    assert (data.adjust_hue(image, 0.0).int() - image.int()).abs().max() <= 1
+    assert torch.equal(image, before)
+
+
+def test_hue_of_known_colours():
+    """Red, yellow, green, cyan, blue and magenta are a sixth of a turn apart; a grey stays; chroma and value stay."""
+    circle = [[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 255], [255, 0, 255]]
+    image = torch.tensor([*circle, [77, 77, 77]], dtype=torch.uint8).T[:, None]            # (3, 1, 7)
+    for sixths in range(-3, 4):
+        turned = data.adjust_hue(image, sixths / 6)[:, 0].T.tolist()
+        assert turned == [circle[(i + sixths) % 6] for i in range(6)] + [[77, 77, 77]]
+    pink = torch.tensor([200, 100, 100], dtype=torch.uint8).view(3, 1, 1)
+    assert data.adjust_hue(pink, 1 / 12).flatten().tolist() == [200, 150, 100]
+
+
+def test_constants_of_the_colour_augmentations(monkeypatch):
+    _, _, grey, jitter, _ = data.augmentation("moco", 224)
+    _, _, softer, grey_after, blur, _ = data.augmentation("mocov2", 224)
+    for colours, hue in ((jitter, (-0.4, 0.4)), (softer.transforms[0], (-0.1, 0.1))):
+        assert colours.brightness == colours.contrast == colours.saturation == (0.6, 1.4) and colours.hue == hue
+    assert grey.p == grey_after.p == 0.2 and softer.p == 0.8 and blur.p == 0.5
+    assert list(blur.transforms[0].kernel_size) == [23, 23] and list(blur.transforms[0].sigma) == [0.1, 2.0]
+
+    monkeypatch.setattr(data, "adjust_hue", lambda image, turns: torch.zeros_like(image))
+    assert not jitter(pixels(photo())).any()                              # the hue is ours; black stays black
+
+
+@pytest.mark.parametrize("name, bound", [("moco", 6), ("mocov2", 6), ("lt", 0)])
+def test_colours_are_torchvisions_from_the_same_random_numbers(name, bound):
+    """One level of hue is at most two after brightness (times 1.4, rounded), three after contrast (times 1.4), and six
+    after saturation (times 1.4, less 0.4 of the grey). Hardly any pixel differs at all."""
+    flip, grey = v2.RandomHorizontalFlip(), v2.RandomGrayscale(0.2)
+    crop = v2.RandomResizedCrop(64, (0.08 if name == "lt" else 0.2, 1))
+    softer = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
+    blur = v2.RandomApply([v2.GaussianBlur(7, (0.1, 2.0))], 0.5)
+    theirs = v2.Compose({"moco": [crop, grey, v2.ColorJitter(0.4, 0.4, 0.4, 0.4), flip],
+                         "mocov2": [crop, softer, grey, blur, flip],
+                         "lt": [crop, flip, v2.ColorJitter(0.4, 0.4, 0.4)]}[name])
+    image, ours, differ = pixels(photo(200, 150)), data.augmentation(name, 64), []
+    for seed in range(60):
+        views, following = [], []
+        for transform in (ours, theirs):
+            torch.manual_seed(seed)
+            views.append(transform(image).int())
+            following.append(torch.rand(1))
+        assert following[0] == following[1] and (views[0] - views[1]).abs().max() <= bound
+        differ.append((views[0] != views[1]).double().mean().item())
+    assert np.mean(differ) < 1e-3
+
+
 def test_normalize(digits):
     x = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
     y = data.normalize(x, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "cpu")

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms as T
+from torchvision.transforms.v2.functional import adjust_hue
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -278,6 +279,14 @@ def input_row(a):
     yield ratio(f"{count} samples of two crops from JPEGs / PIL and torchvision's transforms, CPU", ours, pil, 0.55)
 
 
+def hue_row(a):
+    pixels = 32 if a.quick else 224
+    view = torch.randint(256, (3, pixels, pixels), dtype=torch.uint8)
+    functions = partial(data.adjust_hue, view, 0.2), partial(adjust_hue, view, 0.2)
+    ours, torchvisions = in_turn(a, 99, *functions, device=torch.device("cpu"))
+    yield ratio(f"hue of a view of {pixels} px / torchvision's adjust_hue, CPU", ours, torchvisions, 0.33)
+
+
 def probe_row(a):
     backbone = ARCHS[a.arch]()
     D, backbone.fc = backbone.fc.in_features, nn.Identity()
@@ -313,7 +322,7 @@ def gpu_row(a, steps=5):
 
 
 ROWS = {"loss": loss_row, "memory": memory_row, "others": others_row, "momentum": momentum_row, "step": step_row,
-        "input": input_row, "probe": probe_row, "gpu": gpu_row}
+        "input": input_row, "hue": hue_row, "probe": probe_row, "gpu": gpu_row}
 
 
 def hardware(device):

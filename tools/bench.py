@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -264,9 +265,10 @@ def input_row(a):
                              for size in ((24, 32, 3), (375, 500, 3)))
             Image.blend(shapes, grain, 0.1).save(f"{folder}/{i}.jpg", quality=95)
         Path(folder, "list.txt").write_text("".join(f"{i}.jpg 0\n" for i in range(count)))
-        images = data.ImageList(folder, "list.txt", {"pixels": pixels, "resize": pixels}, "sup", num_views=2)
+        spec = {"pixels": pixels, "resize": pixels}
+        lists = [data.ImageList(folder, "list.txt", spec, aug, num_views=2) for aug in ("sup", "moco")]
 
-        def ours():
+        def load(images):
             for i in range(count):
                 images[i, i]
 
@@ -275,8 +277,10 @@ def input_row(a):
                 image = Image.open(f"{folder}/{i}.jpg").convert("RGB")
                 to_view(image), to_view(image)
 
-        ours, pil = in_turn(a, 15, ours, pil, device=torch.device("cpu"))
-    yield ratio(f"{count} samples of two crops from JPEGs / PIL and torchvision's transforms, CPU", ours, pil, 0.55)
+        functions = [partial(load, images) for images in lists] + [pil]
+        sup, moco, pil = in_turn(a, 15, *functions, device=torch.device("cpu"))
+    yield ratio(f"{count} samples of two crops from JPEGs / PIL and torchvision's transforms, CPU", sup, pil, 0.55)
+    yield ratio("samples of CL, with colour jitter / of KCL, crops and flips, CPU", moco, sup)
 
 
 def hue_row(a):

@@ -17,7 +17,7 @@ import ddp
 SAVE_EVERY = 60  # at least so many seconds lie between two checkpoints; a ResNet-50's takes 0.3 GB
 
 # These settings change no weight, so a run may resume with other values.
-MAY_DIFFER = {"out", "workers", "log_every", "tensorboard", "compile", "restart", "split", "world"}
+MAY_DIFFER = {"out", "workers", "log_every", "tensorboard", "compile", "restart", "world"}
 
 
 def save(state, path):

@@ -110,10 +110,10 @@ def complete(dataset, source):
     return dataset
 
 
-def read_datasets(name, root, split="test", train_scenes=1000, test_scenes=300):
-    """Training and test set: of voc or coco in the folder root, or of digits, where `split` is the test set."""
+def read_datasets(name, root, train_scenes=1000, test_scenes=300):
+    """Training and test set: of voc or coco in the folder root, or of digits."""
     if name == "digits":
-        return digits_dictionary("train", train_scenes), digits_dictionary(split, test_scenes)
+        return digits_dictionary("train", train_scenes), digits_dictionary("test", test_scenes)
     root = expect(Path(root), name)
     if name == "voc":
         train = voc_dictionary(root, [("2007", "trainval"), ("2012", "trainval")])

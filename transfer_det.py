@@ -348,7 +348,6 @@ def parse_args():
     p.add_argument("--data", help="voc, coco: the folder, in its official layout")
     p.add_argument("--train-scenes", type=int, default=1000, help="digits: how many, %(default)s")
     p.add_argument("--test-scenes", type=int, default=300, help="digits: how many, %(default)s")
-    p.add_argument("--split", choices=("test", "val"), default="test", help="digits: val for tuning")
     p.add_argument("--workers", type=int, help=f"data workers per rank: {default('workers')}")
     # model
     p.add_argument("--pretrained",
@@ -407,18 +406,18 @@ def parse_args():
     return args
 
 
-def save_results(args, header, detector, test, detections, results):
+def save_results(args, header, detector, test, detections):
     """Write the detector, its detections and, last, their average precision, which says that the run is finished."""
     row = {"run": f"{args.out.parent.name}/{args.out.name}",
            **average_precision(args.dataset, test, detections),
            "images": len(test["images"]), "detections": len(detections), **header}
     state = {name: x.cpu() for name, x in detector.state_dict().items()}
     checkpoint.save(state, args.out / "detector.pt")
-    (args.out / results.replace("results", "detections")).write_text(json.dumps(detections))
+    (args.out / "detections.json").write_text(json.dumps(detections))
     (args.out / "results.tmp").write_text(json.dumps(row, indent=1) + "\n")
-    os.replace(args.out / "results.tmp", args.out / results)
+    os.replace(args.out / "results.tmp", args.out / "results.json")
     print_table([row])
-    print(f"results in {args.out / results}")
+    print(f"results in {args.out / 'results.json'}")
 
 
 def main():
@@ -433,12 +432,10 @@ def main():
     # resume() exits if --out holds a finished run, or one with other settings
     sha256 = None if from_scratch else checkpoint.sha256(args.pretrained)
     header = checkpoint.header(args, **spec, pretrained_sha256=sha256)
-    results = "results.json" if args.split == "test" else "results_val.json"
-    ckpt = checkpoint.resume(args.out, header["settings"], results, args.restart)
+    ckpt = checkpoint.resume(args.out, header["settings"], "results.json", args.restart)
 
     # data; the score takes test masks from `test`, so test_scenes need none
-    train, test = read_datasets(args.dataset, args.data, args.split, args.train_scenes,
-                                args.test_scenes)
+    train, test = read_datasets(args.dataset, args.data, args.train_scenes, args.test_scenes)
     train_scenes = Scenes(train, spec["masks"], train=True)
     test_scenes = Scenes(test, masks=False)
 
@@ -473,7 +470,6 @@ def main():
     if ddp.rank() == 0:
         if not ckpt:
             (args.out / "results.json").unlink(missing_ok=True)
-            (args.out / "results_val.json").unlink(missing_ok=True)
         log = checkpoint.open_log(args.out, header, first or None, args.tensorboard)
 
     # train
@@ -527,7 +523,7 @@ def main():
     precise_bn(detector, progress(stream, "precise BN", leave=False))
     detections = predict(detector, test_scenes, device, args.workers)
     if ddp.rank() == 0:
-        save_results(args, header, detector, test, detections, results)
+        save_results(args, header, detector, test, detections)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A data set is a folder and list files with one `relative/path label` per line. A
 views and stays uint8, a quarter of the bytes, until it is normalised on the device. Which images an epoch draws, and
 how each is augmented, depends only on the seed, the epoch and the place in the epoch, not on ranks or workers.
 """
+import contextlib
 import functools
 import io
 import math
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2 as T
 from tqdm import tqdm
@@ -116,15 +117,18 @@ def groups(counts):
 
 # ---- images
 
-def decode(content):
-    """The bytes of an image file -> uint8 (3, H, W), the pixels of PIL's convert("RGB"). Alpha is dropped, and the
-    camera's orientation (EXIF) is not applied, as in everybody's ImageNet numbers."""
+def decode(content, upright=False):
+    """The bytes of an image file -> uint8 (3, H, W), the pixels of PIL's convert("RGB"). Alpha is dropped. The camera's
+    orientation (EXIF) is applied only if `upright`: it is not in everybody's ImageNet numbers."""
     if decode_jpeg and content.startswith(b"\xff\xd8"):
         buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        return decode_jpeg(buffer, ImageReadMode.RGB)
+        with contextlib.suppress(RuntimeError):  # PIL can do without an end marker
+            return decode_jpeg(buffer, ImageReadMode.RGB, apply_exif_orientation=upright)
     image = Image.open(io.BytesIO(content))
     if image.mode.startswith(("I", "F")):
         raise ValueError("it has more than 8 bits per pixel, which would become white; convert it to 8 bits")
+    if upright:
+        image = ImageOps.exif_transpose(image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 

@@ -112,6 +112,17 @@ def test_other_formats_decode_exactly():
             data.decode(encoded(Image.fromarray(deep), "TIFF"))
 
 
+@pytest.mark.parametrize("options", [dict(quality=90), dict(quality=30, subsampling=0)])
+def test_a_jpeg_without_its_end_marker_has_pils_pixels(options):
+    for image in (photo(), photo(81, 63, seed=1), photo().convert("L")):
+        content = encoded(image, "JPEG", **options)
+        without_end = content[:-2] + bytes(100)
+        assert torch.equal(data.decode(without_end), pixels(Image.open(io.BytesIO(without_end))))
+        assert (data.decode(without_end).int() - data.decode(content).int()).abs().max() <= 1
+        with pytest.raises(OSError, match="truncated"):
+            data.decode(content[:-300])
+
+
 def test_an_image_that_does_not_decode_is_named(photos):
     (photos / "1.jpg").write_bytes((photos / "1.jpg").read_bytes()[:-300])
     with pytest.raises(RuntimeError, match="1.jpg of l.txt is missing or does not decode"):

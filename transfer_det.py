@@ -499,8 +499,10 @@ def main():
         step = iteration + 1
         if step % args.log_every and step < args.iterations:
             continue
-        line = {"step": step, "loss": sum(totals.values()).item() / n,
-                **{name: total.item() / n for name, total in totals.items()},
+        for total in totals.values():
+            dist.all_reduce(total)
+        line = {"step": step, "loss": sum(totals.values()).item() / ddp.world() / n,
+                **{name: total.item() / ddp.world() / n for name, total in totals.items()},
                 "lr": optimizer.param_groups[0]["lr"],
                 "images_per_s": n * args.batch / (time.time() - since)}
         totals, n, since = {}, 0, time.time()

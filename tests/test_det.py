@@ -11,6 +11,7 @@ from PIL import Image
 
 import checkpoint
 import data
+import ddp
 import det_data
 import make_lt
 import resnet
@@ -514,6 +515,20 @@ def test_missing_parts_of_the_layouts(tmp_path):
         det_data.read_pixels(train["images"][3])
     (voc / "VOC2007/ImageSets/Main/test.txt").unlink()
     assert "test.txt is missing; --data expects VOCdevkit with VOC2007/ and VOC2012/" in sentence("voc", voc)
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_both(ranks, small, tmp_path, monkeypatch):
+    compute_loss = transfer_det.RPN.compute_loss
+
+    def nan_on_rank_1(self, *args):
+        loss, box_loss = compute_loss(self, *args)
+        return loss * (math.nan if ddp.rank() else 1), box_loss
+    monkeypatch.setattr(transfer_det.RPN, "compute_loss", nan_on_rank_1)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
+    with pytest.raises(AssertionError) as printed:
+        ranks(2, "transfer_det", *TINY_RUN, "--log-every", 1, "--pretrained", "none", "--out", tmp_path / "out")
+    assert str(printed.value).count("error: the loss is nan at iteration 1; ") == 2
+    assert not (tmp_path / "out/ckpt.pt").exists() and len(log_of(tmp_path / "out")) == 1
 
 
 def test_flags_that_do_not_fit(script, small, tmp_path, monkeypatch):

@@ -408,12 +408,12 @@ def parse_args():
 
 def save_results(args, header, detector, test, detections):
     """Write the detector, its detections and, last, their average precision, which says that the run is finished."""
-    row = {"run": f"{args.out.parent.name}/{args.out.name}",
-           **average_precision(args.dataset, test, detections),
-           "images": len(test["images"]), "detections": len(detections), **header}
     state = {name: x.cpu() for name, x in detector.state_dict().items()}
     checkpoint.save(state, args.out / "detector.pt")
     (args.out / "detections.json").write_text(json.dumps(detections))
+    row = {"run": f"{args.out.parent.name}/{args.out.name}",
+           **average_precision(args.dataset, test, detections),
+           "images": len(test["images"]), "detections": len(detections), **header}
     (args.out / "results.tmp").write_text(json.dumps(row, indent=1) + "\n")
     os.replace(args.out / "results.tmp", args.out / "results.json")
     print_table([row])

@@ -517,6 +517,19 @@ def test_missing_parts_of_the_layouts(tmp_path):
     assert "test.txt is missing; --data expects VOCdevkit with VOC2007/ and VOC2012/" in sentence("voc", voc)
 
 
+def test_a_fault_in_scoring_loses_nothing(script, small, tmp_path, monkeypatch):
+    def fault(*args):
+        raise IndexError
+    args = (*TINY_RUN, "--pretrained", "none", "--out", tmp_path / "out")
+    with monkeypatch.context() as m, pytest.raises(IndexError):
+        m.setattr(transfer_det, "average_precision", fault)
+        script(transfer_det, *args)
+    detections = (tmp_path / "out/detections.json").read_text()
+    assert torch.load(tmp_path / "out/detector.pt", weights_only=True) and not (tmp_path / "out/results.json").exists()
+    script(transfer_det, *args)
+    assert json.loads((tmp_path / "out/results.json").read_text())["detections"] == len(json.loads(detections))
+
+
 def test_a_loss_that_is_nan_on_one_rank_ends_both(ranks, small, tmp_path, monkeypatch):
     compute_loss = transfer_det.RPN.compute_loss
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import ddp
+from data import decode
 from sources import FIRST_SCENE, SIDE, digit_images, scene
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
@@ -32,6 +32,19 @@ LAYOUTS = {
            "each with JPEGImages/, Annotations/ and ImageSets/Main/",
     "coco": "annotations/instances_{train,val}2017.json, train2017/ and val2017/",
 }
+
+
+@contextlib.contextmanager
+def named(file):
+    """Add the file's name to an error: an XML that ends early, a number that is missing, a truncated image."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        message = f"error: {file} cannot be used ({reason}); repair it or leave it out"
+        if get_worker_info():
+            raise RuntimeError(message) from None  # the main process hears of no SystemExit
+        sys.exit(message)
 
 
 # ---- data sets as dictionaries
@@ -52,7 +65,8 @@ def digits_dictionary(split, n):
             annotations.append({"image_id": index, "category_id": label + 1, "bbox": box,
                                 "area": int(mask.sum()), "segmentation": to_rle(mask)})
     categories = [{"id": label + 1, "name": str(label)} for label in range(10)]
-    return complete({"images": images, "categories": categories, "annotations": annotations}, "digits")
+    return complete({"images": images, "categories": categories, "annotations": annotations,
+                     "masks": True}, "digits")
 
 
 def expect(path, name):
@@ -64,10 +78,12 @@ def expect(path, name):
 def coco_dictionary(root, split):
     folder = expect(root / split, "coco")
     file = expect(root / "annotations" / f"instances_{split}.json", "coco")
-    dataset = json.loads(file.read_text(encoding="utf-8"))
-    for image in dataset["images"]:
-        image["file_name"] = str(folder / image["file_name"])
-    return complete(dataset, file)
+    coco_mask()  # exits here, not after the training, if pycocotools is missing
+    with named(file):
+        dataset = json.loads(file.read_text(encoding="utf-8-sig"))
+        for image in dataset["images"]:
+            image["file_name"] = str(folder / image["file_name"])
+        return complete(dataset, file)
 
 
 def voc_dictionary(root, splits):
@@ -80,38 +96,51 @@ def voc_dictionary(root, splits):
     for year, split in splits:
         folder = root / f"VOC{year}"
         photos = expect(folder / "JPEGImages", "voc")
-        names = expect(folder / "ImageSets" / "Main" / f"{split}.txt", "voc").read_text().split()
+        file = expect(folder / "ImageSets" / "Main" / f"{split}.txt", "voc")
+        with named(file):
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
         for image_id, name in enumerate(names, len(images) + 1):
-            tree = ElementTree.parse(folder / "Annotations" / f"{name}.xml")
-            width, height = (int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
-            images.append({"id": image_id, "width": width, "height": height,
-                           "file_name": str(photos / f"{name}.jpg")})
-            for node in tree.findall("object"):
-                x0, y0, x1, y1 = (float(node.findtext(f"bndbox/{side}"))
-                                  for side in ("xmin", "ymin", "xmax", "ymax"))
-                box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
-                category = node.findtext("name").strip()
-                annotations.append({"image_id": image_id, "bbox": box,
-                                    "category_id": ids.get(category, category),
-                                    "difficult": int(node.findtext("difficult", "0"))})
+            file = folder / "Annotations" / f"{name}.xml"
+            with named(file):
+                tree = ElementTree.parse(file)
+                width, height = (int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+                images.append({"id": image_id, "width": width, "height": height,
+                               "file_name": str(photos / f"{name}.jpg")})
+                for node in tree.findall("object"):
+                    x0, y0, x1, y1 = (float(node.findtext(f"bndbox/{side}"))
+                                      for side in ("xmin", "ymin", "xmax", "ymax"))
+                    box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
+                    category = node.findtext("name").strip()
+                    annotations.append({"image_id": image_id, "bbox": box,
+                                        "category_id": ids.get(category, category),
+                                        "difficult": int(node.findtext("difficult", "0"))})
     categories = [{"id": i, "name": name} for name, i in ids.items()]
     return complete({"images": images, "categories": categories, "annotations": annotations}, root)
 
 
 def complete(dataset, source):
-    """Fill in what annotations leave out and number them from 1, because 0 means "unmatched" to pycocotools."""
+    """Fill in what annotations leave out, and `inside`, the box within its image as [x0, y0, x1, y1]. Number them from
+    1, because 0 means "unmatched" to pycocotools."""
+    images = {image["id"]: image for image in dataset["images"]}
     category_ids = {c["id"] for c in dataset["categories"]}
     for number, a in enumerate(dataset["annotations"], 1):
+        image = images.get(a["image_id"])
+        if image is None:
+            sys.exit(f"error: {source}: annotation {a.get('id', number)} is of image {a['image_id']}, "
+                     "which is not listed")
         if a["category_id"] not in category_ids:
-            sys.exit(f"error: {source}: image {a['image_id']} has an annotation of the unknown "
-                     f"category {a['category_id']}; the label map is wrong")
-        w, h = a["bbox"][2:]
-        a |= {"iscrowd": 0, "difficult": 0, "area": w * h, **a, "id": number}
+            sys.exit(f"error: {source}: image {image.get('file_name', image['id'])} has an annotation "
+                     f"of the unknown category {a['category_id']}; the label map is wrong")
+        x, y, w, h = a["bbox"]
+        inside = [max(x, 0), max(y, 0), min(x + w, image["width"]), min(y + h, image["height"])]
+        a |= {"iscrowd": 0, "difficult": 0, "area": w * h, **a, "id": number, "inside": inside}
     return dataset
 
 
 def read_datasets(name, root, train_scenes=1000, test_scenes=300):
-    """Training and test set: of voc or coco in the folder root, or of digits."""
+    """Training and test set: of voc or coco in the folder root, or of digits. Their key "masks" says whether objects
+    have masks. Exits if the test set could not be scored."""
     if name == "digits":
         return digits_dictionary("train", train_scenes), digits_dictionary("test", test_scenes)
     root = expect(Path(root), name)
@@ -123,6 +152,24 @@ def read_datasets(name, root, train_scenes=1000, test_scenes=300):
         test = coco_dictionary(root, "val2017")
     if train["categories"] != test["categories"]:
         sys.exit(f"error: {root}: training and test set have different categories; the label map is wrong")
+
+    # average precision needs an object to find
+    scored = [a for a in test["annotations"] if not a["iscrowd"] and not a["difficult"]]
+    flat = sum(min(a["bbox"][2:]) <= 0 for a in scored)
+    if flat == len(scored):
+        sys.exit(f"error: {root}: no test object counts: all are crowds, difficult or without area")
+    if flat:
+        ddp.print0(f"{flat} of {len(scored)} test objects have boxes without area and count as missed")
+
+    # all objects have masks, or none
+    objects = train["annotations"] + test["annotations"]
+    masks = sum(any(a.get("segmentation") or ()) for a in objects)
+    if masks not in (0, len(objects)):
+        sys.exit(f"error: {root}: {len(objects) - masks} of {len(objects)} objects of training and "
+                 "test set have no mask (segmentation); give each object one, or none")
+    if not masks:
+        ddp.print0("no object has a mask (segmentation): this trains a Faster R-CNN, on boxes alone")
+    train["masks"] = test["masks"] = masks > 0
     return train, test
 
 
@@ -154,15 +201,17 @@ def to_mask(segmentation, H, W):
 
 
 def read_pixels(image):
-    """An entry of "images" -> uint8 (3, H, W)."""
+    """An entry of "images" -> uint8 (3, H, W). The camera's orientation (EXIF) is applied, as in detectron2, unless
+    only the stored pixels have the annotation's width and height."""
     if "pixels" in image:
         return image["pixels"]
-    pixels = np.array(Image.open(image["file_name"]).convert("RGB"))      # (H, W, 3)
-    size = pixels.shape[1], pixels.shape[0]
-    if size != (image["width"], image["height"]):
-        raise ValueError(f"{image['file_name']} is {size}, but its annotation says "
-                         f"{image['width']} x {image['height']}")
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    content = Path(image["file_name"]).read_bytes()
+    for upright in (True, False):
+        pixels = decode(content, upright)
+        H, W = pixels.shape[1:]
+        if (W, H) == (image["width"], image["height"]):
+            return pixels
+    raise ValueError(f"it is {W} x {H}, but its annotation says {image['width']} x {image['height']}")
 
 
 class Scenes(Dataset):
@@ -172,24 +221,28 @@ class Scenes(Dataset):
     1 (0 is the background) and, if `masks`, masks uint8 (n, H, W).
 
     Targets leave out crowds, and boxes that are at most 1 px wide or high within the image. VOC's difficult objects
-    stay. If `train`, images without an object are left out.
+    stay. If `train`, images without an object are left out, and what is left out is printed.
     """
 
     def __init__(self, dataset, masks, train=False):
         self.masks = masks
         self.category_ids = sorted(c["id"] for c in dataset["categories"])  # COCO's have gaps, labels do not
-        images = {image["id"]: image for image in dataset["images"]}
-        self.objects = {image_id: [] for image_id in images}
+        self.objects = {image["id"]: [] for image in dataset["images"]}
         for a in dataset["annotations"]:
-            image = images[a["image_id"]]
-            x, y, w, h = a["bbox"]
-            x0, y0 = max(x, 0), max(y, 0)
-            x1, y1 = min(x + w, image["width"]), min(y + h, image["height"])
+            x0, y0, x1, y1 = a["inside"]
             if not a["iscrowd"] and x1 - x0 > 1 and y1 - y0 > 1:
-                self.objects[a["image_id"]].append(([x0, y0, x1, y1], a))
+                self.objects[a["image_id"]].append(a)
         self.images = dataset["images"]
         if train:
             self.images = [image for image in self.images if self.objects[image["id"]]]
+            N, M = len(dataset["annotations"]), len(dataset["images"])
+            n, m = N - sum(map(len, self.objects.values())), M - len(self.images)
+            left_out = (f"{n} of {N} objects and {m} of {M} images left out of training: crowds, boxes "
+                        "of at most 1 px within their image, images without an object")
+            if m == M:
+                sys.exit(f"error: no training image has a usable object; {left_out}")
+            if n or m:
+                ddp.print0(left_out)
 
     def __len__(self):
         return len(self.images)
@@ -197,15 +250,16 @@ class Scenes(Dataset):
     def __getitem__(self, key):
         index, mirrored = key
         image = self.images[index]
-        pixels = read_pixels(image)
         objects = self.objects[image["id"]]
-        boxes = [box for box, _ in objects]
-        labels = [self.category_ids.index(a["category_id"]) + 1 for _, a in objects]
+        boxes = [a["inside"] for a in objects]
+        labels = [self.category_ids.index(a["category_id"]) + 1 for a in objects]
         target = {"boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
                   "labels": torch.tensor(labels, dtype=torch.int64)}
-        if self.masks:
+        with named(image.get("file_name")):
+            pixels = read_pixels(image)
             H, W = pixels.shape[1:]
-            masks = [to_mask(a["segmentation"], H, W) for _, a in objects]
+            masks = [to_mask(a["segmentation"], H, W) for a in objects if self.masks]
+        if self.masks:
             target["masks"] = torch.stack(masks) if masks else torch.zeros(0, H, W, dtype=torch.uint8)
         return mirror(pixels, target) if mirrored else (pixels, target)
 
@@ -357,11 +411,13 @@ def coco_ap(dataset, detections, kind):
 
 
 def average_precision(name, dataset, detections):
-    """Of boxes and, except for voc, masks. The numbers stand in the order of the paper's tables."""
+    """Of boxes and, if objects have them, masks. The numbers stand in the order of the paper's tables."""
     if name == "voc":
         return {"box": voc_ap(dataset, detections)}                       # Table 11: AP50, AP, AP75
-    return {"box": coco_ap(dataset, detections, "bbox"),                  # Table 12: AP, AP50, AP75
-            "mask": coco_ap(dataset, detections, "segm")}
+    scores = {"box": coco_ap(dataset, detections, "bbox")}                # Table 12: AP, AP50, AP75
+    if dataset["masks"]:
+        scores["mask"] = coco_ap(dataset, detections, "segm")
+    return scores
 
 
 def print_table(rows):
@@ -369,7 +425,8 @@ def print_table(rows):
 
     rows: what results.json holds.
     """
-    columns = [(kind, name) for kind in ("box", "mask") for name in rows[0].get(kind, ())]
+    columns = dict.fromkeys((kind, name) for row in rows for kind in ("box", "mask")
+                            for name in row.get(kind, ()))
     width = max(len(row["run"]) for row in rows)
 
     def line(name, cells):
@@ -379,7 +436,7 @@ def print_table(rows):
     print("|---" * (len(columns) + 1) + "|")
     seeds = {}
     for row in rows:
-        values = [row[kind][name] for kind, name in columns]
+        values = [row.get(kind, {}).get(name, np.nan) for kind, name in columns]
         line(row["run"], [f"{x:.1f}" for x in values])
         run = re.sub(r"-seed\d+", "", row["run"])
         seeds.setdefault(run, []).append(values)

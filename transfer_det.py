@@ -12,7 +12,8 @@ Detection transfer: fine-tune a representation as the backbone of a detector. Ta
 
 digits  Mask R-CNN on scenes of embedded digits. No digit of a test scene occurs in training scenes or in data/digits.
 voc     Faster R-CNN on trainval 07+12, tested on test 07. --data holds VOC2007/ and VOC2012/.
-coco    Mask R-CNN on train2017, tested on val2017. --data holds annotations/, train2017/ and val2017/.
+coco    Mask R-CNN on train2017, tested on val2017; Faster R-CNN if objects have no masks. --data holds annotations/,
+        train2017/ and val2017/.
 
 The paper names neither the detector nor the schedule. Both are inferred: its CE rows fit MoCo's R50-C4 experiments (He
 et al., CVPR 2020), whose published settings are the defaults for voc and coco. --accumulate 8 computes the batch of 16
@@ -67,9 +68,9 @@ PHOTO = dict(base_lr=0.02, max_size=1333, mirror=True,
 DIGIT = dict(base_lr=0.1, max_size=128, mirror=False,
              mean=data.DATASETS["digits"]["mean"], std=data.DATASETS["digits"]["std"])
 SPECS = {
-    "voc": dict(PHOTO, masks=False, drops=(18 / 24, 22 / 24), scales=[*range(480, 801, 32)]),
-    "coco": dict(PHOTO, masks=True, drops=(12 / 18, 16 / 18), scales=[*range(640, 801, 32)]),
-    "digits": dict(DIGIT, masks=True, drops=(0.8, 0.95), scales=[128]),
+    "voc": dict(PHOTO, drops=(18 / 24, 22 / 24), scales=[*range(480, 801, 32)]),
+    "coco": dict(PHOTO, drops=(12 / 18, 16 / 18), scales=[*range(640, 801, 32)]),
+    "digits": dict(DIGIT, drops=(0.8, 0.95), scales=[128]),
 }
 # proposals: before and after NMS, in training and in testing. rois: how many per image the heads are trained on.
 HEADS = {
@@ -212,7 +213,7 @@ def fpn_parts(encoder, strides, widths, classes, masks, heads):
 def build_detector(encoder, arch, num_classes, heads, spec, amp=False):
     """Faster R-CNN, or Mask R-CNN if spec["masks"], around an encoder of resnet.py.
 
-    num_classes leaves out the background. heads is an entry of HEADS, spec one of SPECS.
+    num_classes leaves out the background. heads is an entry of HEADS, spec one of SPECS and "masks".
     """
     # strides and widths of the stages, measured
     stages = [name for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(encoder, name)]
@@ -436,8 +437,12 @@ def main():
 
     # data; the score takes test masks from `test`, so test_scenes need none
     train, test = read_datasets(args.dataset, args.data, args.train_scenes, args.test_scenes)
+    spec = {**spec, "masks": train["masks"]}
     train_scenes = Scenes(train, spec["masks"], train=True)
     test_scenes = Scenes(test, masks=False)
+    # a test image that cannot be read is found before the training, not after it
+    for i in progress(range(ddp.rank(), len(test_scenes), ddp.world()), "test images", leave=False):
+        test_scenes[i, False]
 
     def batches(seed, start=0):
         loader = train_loader(train_scenes, args.batch, args.accumulate, seed, spec["mirror"],

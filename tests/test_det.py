@@ -1,4 +1,5 @@
 """Detection: VOC's AP against the devkit's rule written out, the detectors, the data, and runs end to end."""
+import io
 import json
 import math
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import checkpoint
 import data
@@ -213,7 +214,7 @@ def test_c4_runs_its_last_stage_once_a_step():
 def test_anchors_of_resnet50_are_the_papers():
     for arch, sizes in (("c4", [[32, 64, 128, 256, 512]]), ("fpn", [[32], [64], [128], [256], [512]])):
         heads = {**transfer_det.HEADS[arch], "channels": 8, "fc": 8}
-        encoder, spec = resnet.ARCHS["resnet50"](), transfer_det.SPECS["voc"]
+        encoder, spec = resnet.ARCHS["resnet50"](), {**transfer_det.SPECS["voc"], "masks": False}
         detector = transfer_det.build_detector(encoder, arch, 20, heads, spec)
         assert [list(s) for s in detector.rpn.anchor_generator.sizes] == sizes
 
@@ -294,7 +295,8 @@ def test_crowd_degenerate_and_clipped_boxes():
     crowd = dictionary((3, [10, 10, 20, 20], {"iscrowd": 1}))
     _, target = Scenes(crowd, masks=True)[0, False]
     assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 80, 100) and target["labels"].shape == (0,)
-    assert len(Scenes(crowd, masks=True, train=True)) == 0
+    with pytest.raises(SystemExit, match="no training image has a usable object; 1 of 1 objects and 1 of 1 images"):
+        Scenes(crowd, masks=True, train=True)
     with pytest.raises(SystemExit, match="test: image 42 has an annotation of the unknown category 4"):
         dictionary((4, [1, 2, 3, 4]))
 
@@ -362,6 +364,34 @@ def test_voc_xml_becomes_a_dictionary(tmp_path):
     assert [(a["category_id"], a["bbox"], a["difficult"]) for a in second] == [
         (12, [0, 0, 20, 30], 0), (15, [30.5, 10, 33.5, 38], 1)]
     assert det_data.read_pixels(train["images"][3]).shape == (3, 48, 64)
+
+
+def test_voc_names_with_blanks_and_a_byte_order_mark(tmp_path):
+    stand_ins.voc(tmp_path)
+    for file in tmp_path.glob("VOC2007/*/test_1.*"):
+        file.rename(file.with_stem("my photo"))
+    (tmp_path / "VOC2007/ImageSets/Main/test.txt").write_bytes("\ufefftest_0 \r\n\r\n my photo\r\n".encode())
+    _, test = det_data.read_datasets("voc", tmp_path)
+    assert [Path(image["file_name"]).name for image in test["images"]] == ["test_0.jpg", "my photo.jpg"]
+    assert len(test["annotations"]) == 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_orientation_follows_the_annotation(tmp_path, orientation, kind):
+    """As in detectron2. Only where the annotation has the size of the stored pixels alone do they stay as they are."""
+    stored = Image.fromarray(np.random.RandomState(0).randint(0, 256, (6, 8, 3), np.uint8)).resize((64, 48))
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    stored.save(tmp_path / "x.jpg", kind, exif=exif, quality=95)
+    stored = Image.open(tmp_path / "x.jpg")
+    for image in (stored, ImageOps.exif_transpose(stored)):
+        entry = {"file_name": str(tmp_path / "x.jpg"), "width": image.width, "height": image.height}
+        expected = image if orientation > 4 else ImageOps.exif_transpose(stored)
+        expected = torch.from_numpy(np.array(expected.convert("RGB"))).permute(2, 0, 1).int()
+        assert (det_data.read_pixels(entry).int() - expected).abs().max() <= 1
+    with pytest.raises(ValueError, match="its annotation says 64 x 47"):
+        det_data.read_pixels({**entry, "width": 64, "height": 47})
 
 
 # ---- runs
@@ -508,13 +538,156 @@ def test_missing_parts_of_the_layouts(tmp_path):
     xml = voc / "VOC2012/Annotations/trainval_1.xml"
     text = xml.read_text()
     xml.write_text(text.replace("dog", "wolf"))
-    assert "image 4 has an annotation of the unknown category wolf; the label map is wrong" in sentence("voc", voc)
+    assert "trainval_1.jpg has an annotation of the unknown category wolf; the label map is wrong" in sentence("voc", voc)
     xml.write_text(text.replace(">64</w", ">63</w"))
     train, _ = det_data.read_datasets("voc", voc)
-    with pytest.raises(ValueError, match="trainval_1.jpg is .64, 48., but its annotation says 63 x 48"):
-        det_data.read_pixels(train["images"][3])
+    with pytest.raises(SystemExit, match="trainval_1.jpg cannot be used .*it is 64 x 48, but its annotation says 63 x 48"):
+        Scenes(train, masks=False)[3, False]
     (voc / "VOC2007/ImageSets/Main/test.txt").unlink()
     assert "test.txt is missing; --data expects VOCdevkit with VOC2007/ and VOC2012/" in sentence("voc", voc)
+
+
+def in_xml(old, new, name="*"):
+    """The annotations of VOC with `new` instead of `old`, which `.*` ends."""
+    def change(root):
+        for file in root.glob(f"VOC*/Annotations/{name}.xml"):
+            text = file.read_text()
+            file.write_text(text[:text.index(old[:-2])] + new if old.endswith(".*") else text.replace(old, new))
+            assert file.read_text() != text
+    return change
+
+
+def in_json(change, splits="*"):
+    """COCO's annotations after change(dictionary)."""
+    def changed(root):
+        for file in root.glob(f"annotations/instances_{splits}.json"):
+            content = json.loads(file.read_text())
+            change(content)
+            file.write_text(json.dumps(content))
+    return changed
+
+
+def each(splits="*", **entries):
+    """Every annotation of COCO with these entries. None deletes one."""
+    def change(content):
+        for a in content["annotations"]:
+            a |= entries
+            for name in [name for name, x in entries.items() if x is None]:
+                del a[name]
+    return in_json(change, splits)
+
+
+def rewrite(name, content):
+    def change(root):
+        old = (root / name).read_bytes()
+        (root / name).write_bytes(content(old) if callable(content) else content)
+    return change
+
+
+def deep(old):
+    """An image of 16 bits per pixel."""
+    Image.fromarray(np.full((48, 64), 999, np.uint16)).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+PHOTO, TEST_XML, VAL = "VOC2007/JPEGImages/test_1.jpg", "VOC2007/Annotations/test_1.xml", "annotations/instances_val2017.json"
+NO_IMAGE, NO_TEST_OBJECT = "no training image has a usable object; ", "no test object counts: "
+
+
+@pytest.mark.parametrize("dataset, change, sentence", [
+    # an endless loop
+    ("coco", each("train2017", iscrowd=1), NO_IMAGE + "6 of 6 objects and 2 of 2 images left out"),
+    ("coco", each("train2017", bbox=[70, 5, 9, 9]), NO_IMAGE),
+    ("coco", in_json(lambda c: c["annotations"].clear(), "train2017"), NO_IMAGE + "0 of 0 objects and 2 of 2"),
+    ("voc", in_xml(">64<", ">0<"), NO_IMAGE),
+    # AP -100, or none
+    ("coco", in_json(lambda c: c["annotations"].clear(), "val2017"), NO_TEST_OBJECT),
+    ("coco", each("val2017", iscrowd=1), NO_TEST_OBJECT),
+    ("coco", each("val2017", bbox=[5, 5, -3, 9]), NO_TEST_OBJECT),
+    ("voc", in_xml("<bndbox>", "<difficult>1</difficult><bndbox>", "test_0"), None),
+    ("voc", in_xml("<name>", "<difficult>1</difficult><name>", "test_*"), NO_TEST_OBJECT),
+    ("voc", rewrite("VOC2007/ImageSets/Main/test.txt", b" \n\n"), NO_TEST_OBJECT),
+    # masks
+    ("coco", each("val2017", segmentation=[]), "coco: 6 of 12 objects of training and test set have no mask"),
+    ("coco", each("val2017", segmentation=None), "6 of 12 objects"),
+    ("coco", each("train2017", segmentation=[[]]), "6 of 12 objects"),
+    ("coco", in_json(lambda c: c["annotations"][0].pop("segmentation"), "val2017"), "1 of 12 objects"),
+    # pixels of the test set
+    ("voc", rewrite(PHOTO, deep), "test_1.jpg cannot be used (ValueError: it has more than 8 bits"),
+    ("voc", rewrite(PHOTO, lambda old: old[:-20]), "test_1.jpg cannot be used (OSError: image file is truncated"),
+    ("voc", rewrite(PHOTO, b"version https://git-lfs"), "test_1.jpg cannot be used (UnidentifiedImageError: "),
+    ("voc", lambda root: (root / PHOTO).unlink(), "test_1.jpg cannot be used (FileNotFoundError: "),
+    ("voc", in_xml(">64<", ">0<", "test_1"), "test_1.jpg cannot be used (ValueError: it is 64 x 48, but its annotation"),
+    ("coco", lambda root: (root / "val2017/501.jpg").unlink(), "501.jpg cannot be used (FileNotFoundError: "),
+    # annotations
+    ("voc", in_xml("</size>.*", "", "test_1"), "test_1.xml cannot be used (ParseError: "),
+    ("voc", in_xml("<size><width>64</width><height>48</height><depth>3</depth></size>", "", "test_1"), "test_1.xml"),
+    ("voc", in_xml("<difficult>0</difficult>", "<difficult/>", "trainval_1"), "trainval_1.xml cannot be used (ValueError: "),
+    ("voc", in_xml(">31.5<", ">left<", "test_0"), "test_0.xml cannot be used (ValueError: "),
+    ("voc", in_xml("<name>person</name>", "", "test_0"), "test_0.xml cannot be used ("),
+    ("voc", lambda root: (root / TEST_XML).unlink(), "test_1.xml cannot be used (FileNotFoundError: "),
+    ("voc", rewrite("VOC2007/ImageSets/Main/test.txt", "test_0".encode("utf-16")), "test.txt cannot be used (Unicode"),
+    ("coco", rewrite(VAL, lambda old: old[:-9]), "instances_val2017.json cannot be used (JSONDecodeError: "),
+    ("coco", rewrite(VAL, b"[]"), "instances_val2017.json cannot be used (TypeError: "),
+    ("coco", in_json(lambda c: c.pop("annotations")), "instances_train2017.json cannot be used (KeyError: 'annotations')"),
+    ("coco", in_json(lambda c: c["images"].pop()), "train2017.json: annotation 13 is of image 501, which is not listed"),
+    ("coco", in_json(lambda c: c["images"][0].pop("width")), "train2017.json cannot be used (KeyError: 'width')"),
+    ("coco", each(bbox=[1, 2, 3]), "train2017.json cannot be used (ValueError: not enough values"),
+    ("coco", rewrite(VAL, lambda old: "\ufeff".encode() + old), None)])
+def test_what_is_wrong_with_the_data_is_said_before_the_training(script, small, tmp_path, monkeypatch, dataset, change, sentence):
+    def build_detector(*args):
+        raise StopIteration  # the data are right
+    monkeypatch.setattr(transfer_det, "build_detector", build_detector)
+    getattr(stand_ins, dataset)(tmp_path / dataset)
+    change(tmp_path / dataset)
+    with pytest.raises(SystemExit if sentence else StopIteration) as error:
+        script(transfer_det, "--dataset", dataset, "--data", tmp_path / dataset, "--pretrained", "none",
+               "--encoder", "resnet8", "--out", tmp_path / "out")
+    assert not sentence or str(error.value).startswith("error: ") and sentence in str(error.value)
+
+
+def test_what_is_left_out_is_printed(tmp_path, capsys):
+    stand_ins.coco(tmp_path / "coco")
+    train, _ = det_data.read_datasets("coco", tmp_path / "coco")
+    Scenes(train, masks=True, train=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "1 of 5 test objects have boxes without area and count as missed",
+        "2 of 6 objects and 0 of 2 images left out of training: crowds, boxes of at most 1 px within their image, "
+        "images without an object"]
+    stand_ins.voc(tmp_path / "voc")
+    Scenes(det_data.read_datasets("voc", tmp_path / "voc")[0], masks=False, train=True)
+    assert "left out" not in capsys.readouterr().out
+    in_xml(">64</width>", ">0</width>", "trainval_0")(tmp_path / "voc")
+    in_xml("<xmin>31.5", "<xmin>131.5", "trainval_1")(tmp_path / "voc")  # xmin > xmax
+    scenes = Scenes(det_data.read_datasets("voc", tmp_path / "voc")[0], masks=False, train=True)
+    assert "6 of 8 objects and 2 of 4 images left out of training: " in capsys.readouterr().out and len(scenes) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_image_that_cannot_be_read_is_named(tmp_path, workers):
+    stand_ins.coco(tmp_path)
+    rewrite("train2017/500.jpg", deep)(tmp_path)
+    rewrite("train2017/501.jpg", deep)(tmp_path)
+    train, _ = det_data.read_datasets("coco", tmp_path)
+    scenes = Scenes(train, masks=True, train=True)
+    with pytest.raises(RuntimeError if workers else SystemExit, match="50[01].jpg cannot be used .ValueError: it has more"):
+        next(iter(det_data.train_loader(scenes, 1, 1, 0, False, workers)))
+
+
+def test_boxes_without_masks_train_a_faster_rcnn(script, small, tmp_path, capsys):
+    stand_ins.coco(tmp_path / "coco")
+    each(segmentation=None)(tmp_path / "coco")
+    args = ("--dataset", "coco", "--data", tmp_path / "coco", "--pretrained", "none", "--encoder", "resnet8", *TINY_RUN)
+    script(transfer_det, *args, "--arch", "fpn", "--out", tmp_path / "out")
+    result = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(result["box"]) == ["AP", "AP50", "AP75"] and "mask" not in result
+    assert not any("mask" in name for name in torch.load(tmp_path / "out/detector.pt", weights_only=True))
+    printed = capsys.readouterr().out
+    assert "no object has a mask (segmentation): this trains a Faster R-CNN, on boxes alone" in printed
+
+    both = {**result, "run": "other/run", "mask": {"AP": 12.5, "AP50": 20, "AP75": 10}}
+    det_data.print_table([result, both])  # no column of either is lost
+    assert "mask AP50" in (table := capsys.readouterr().out) and "12.5" in table and table.count("nan") == 3
 
 
 def test_a_fault_in_scoring_loses_nothing(script, small, tmp_path, monkeypatch):
@@ -559,3 +732,6 @@ def test_without_pycocotools(script, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     with pytest.raises(SystemExit, match="pip install pycocotools"):
         script(transfer_det, "--pretrained", "none", "--out", tmp_path / "out")
+    stand_ins.coco(tmp_path / "coco")
+    with pytest.raises(SystemExit, match="pip install pycocotools"):
+        det_data.read_datasets("coco", tmp_path / "coco")

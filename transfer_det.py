@@ -365,7 +365,8 @@ def parse_args():
     p.add_argument("--warmup", type=int, help=f"iterations of linear warm-up: {default('warmup')}")
     p.add_argument("--weight-decay", type=float, default=1e-4, help="%(default)s; 0 on BatchNorm")
     p.add_argument("--precise-bn", type=int, default=200,
-                   help="iterations that make BatchNorm's final statistics: %(default)s")
+                   help="iterations that make BatchNorm's final statistics: %(default)s; "
+                        "0 keeps the running ones")
     p.add_argument("--seed", type=int, default=0, help="of weights, order and draws: %(default)s")
     # the run
     p.add_argument("--out", type=Path,
@@ -527,7 +528,8 @@ def main():
     # evaluate, with the same draws whether training was resumed or not
     torch.manual_seed(args.seed * 1_009 + ddp.rank())
     stream = itertools.islice(batches(args.seed + 1), args.precise_bn * args.accumulate)
-    precise_bn(detector, progress(stream, "precise BN", leave=False))
+    if args.precise_bn:
+        precise_bn(detector, progress(stream, "precise BN", leave=False))
     detections = predict(detector, test_scenes, device, args.workers)
     if ddp.rank() == 0:
         save_results(args, header, detector, test, detections)

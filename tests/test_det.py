@@ -690,6 +690,13 @@ def test_boxes_without_masks_train_a_faster_rcnn(script, small, tmp_path, capsys
     assert "mask AP50" in (table := capsys.readouterr().out) and "12.5" in table and table.count("nan") == 3
 
 
+def test_without_precise_bn_the_running_statistics_stay(script, small, tmp_path):
+    """Statistics that were reset and never computed would be 0 and 1."""
+    script(transfer_det, *TINY_RUN, "--precise-bn", 0, "--pretrained", "none", "--out", tmp_path / "out")
+    detector = torch.load(tmp_path / "out/detector.pt", weights_only=True)
+    assert all(x == 5 for name, x in detector.items() if name.endswith("tracked"))  # the five of training
+
+
 def test_a_fault_in_scoring_loses_nothing(script, small, tmp_path, monkeypatch):
     def fault(*args):
         raise IndexError

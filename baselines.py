@@ -10,7 +10,7 @@ What KCL is compared with: the losses and networks of the paper's tables, and KC
 CE's samplers, cRT, LWS, NCM, tau-norm and SSP need no loss of their own: see train_rep.py --sampler and --init,
 train_linear.py --classifier, evaluate.py --ncm and --tau-norm.
 
-Your own loss takes five lines. For example logit adjustment (Menon et al. 2021), which trains with `--loss la`:
+Your own loss on logits takes five lines. For example logit adjustment (Menon et al. 2021), `--loss la`:
     "la": "Logit adjustment"                                              # 1. in LOSSES: its name in tables
     "la"                                                                  # 2. in CLASSIFICATION: model.fc is its head
     if args.loss == "la":                                                 # 3. in `criterion`
@@ -18,10 +18,13 @@ Your own loss takes five lines. For example logit adjustment (Menon et al. 2021)
         return lambda logits, labels: F.cross_entropy(logits + log_prior, labels)    # 5.
 What `criterion` returns is called with
     logits (b, C), labels (b,)                        by default
-    z (2 b, d), labels (b,)                           for a loss in TWO_VIEWS: first views, then second ones, not unit
-    q, k (b, d), queue, labels (b,), queue_labels     for a loss in QUEUE, as kcl_loss is
-A network of your own goes into `network`. Flags such as --num-positives are in args for every loss; a new one goes into
-train_rep.py's parse_args. To change KCL itself, edit kcl_loss in kcl.py: train_rep.py calls nothing else.
+    z (2 b, d), labels (b,)                           for a loss in TWO_VIEWS: first views, then second ones,
+                                                      not normalised
+    q, k (b, d), queue, labels (b,), queue_labels     for a loss in QUEUE: unit rows, as kcl_loss gets them
+b is one part of a batch (ddp.py). A loss that compares all images of a batch goes into WHOLE_BATCH and gathers them as
+supcon_of_all_ranks does. A network of your own goes into `network`. Flags such as --num-positives are in args for every
+loss; a new one goes into train_rep.py's parse_args. To change KCL itself, edit kcl_loss in kcl.py, which --loss kcl, cl
+and fcl call.
 """
 import math
 from functools import partial
@@ -38,10 +41,10 @@ LOSSES = {                                                                # --lo
     "ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDAM", "bbn": "BBN",
     "supcon": "SupCon", "kcl-batch": "KCL in the batch",
 }
-CLASSIFICATION = ("ce", "focal", "cb-focal", "ldam", "bbn")               # these train a classifier along
+CLASSIFICATION = ("ce", "focal", "cb-focal", "ldam", "bbn")               # these train a classifier too
 TWO_VIEWS = ("supcon", "kcl-batch")                                       # of each image, without a queue
 QUEUE = ()                                                                # two views, key encoder and queue, as KCL
-WHOLE_BATCH = ("bbn", "supcon", "kcl-batch")                              # a batch cannot be taken in parts
+WHOLE_BATCH = ("bbn", "supcon", "kcl-batch")                              # these need the whole batch at once
 
 
 # ---- what train_rep.py asks for
@@ -66,9 +69,9 @@ def criterion(args, model, counts, epoch):
     """The loss function of an epoch. It depends on nothing but these arguments, so a resumed run rebuilds it."""
     device, t = next(model.parameters()).device, epoch / args.epochs
     if args.loss == "bbn":
-        model.alpha = 1 - t ** 2  # eq. 6, from the whole to the tail; the authors divide by another constant
+        model.alpha = 1 - t ** 2  # eq. 6, from the conventional to the reversed sampler
         return partial(bbn_loss, alpha=model.alpha)
-    if args.loss in TWO_VIEWS:
+    if args.loss in ("supcon", "kcl-batch"):
         num_positives = args.num_positives if args.loss == "kcl-batch" else None
         return partial(supcon_of_all_ranks, temperature=args.temperature, num_positives=num_positives)
 
@@ -89,9 +92,9 @@ def criterion(args, model, counts, epoch):
 
 
 def classifier(model):
-    """Weight (C, D) and bias (C,) of the classifier that a loss in CLASSIFICATION has trained along."""
+    """Weight (C, D) and bias (C,) of the classifier that a loss in CLASSIFICATION has trained."""
     weight = model.fc.weight.detach()
-    if isinstance(model.fc, NormedLinear):  # the norm of an image's features scales all of its logits alike
+    if isinstance(model.fc, NormedLinear):  # the norm of an image's features does not change the order of its logits
         return F.normalize(weight), torch.zeros(len(weight))
     return weight, model.fc.bias.detach()
 
@@ -197,7 +200,7 @@ def bbn_loss(logits, labels, alpha):
 
 def supcon_loss(z, labels, temperature=0.07, num_positives=None):
     """Every embedding of the batch is an anchor; its positives are its own other view and same-class embeddings of
-    other images. All embeddings but the anchor itself stand in the denominator. There is no queue and no key encoder.
+    other images. All embeddings but the anchor itself are in the denominator. There is no queue and no key encoder.
 
     z (2N, d)      unit embeddings of N images: all first views, then all second views in the same order
     labels (2N,)   int; below 0 is unknown, only the own other view is a positive then

@@ -11,15 +11,18 @@ Momentum contrast: a query encoder, a key encoder that follows it, and a queue o
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        moco.enqueue(keys, key_labels)                                    # 5. only now: in the queue a query's own key
-                                                                          # would count twice, and could be drawn
+        moco.enqueue(keys, key_labels)                                    # 5. only now: backward needs the old queue,
+                                                                          # and in a queue that held them already, a
+                                                                          # query's own key would count twice
 The queue starts as random vectors without a class. moco.fill_queue((im_k, labels) of some batches) replaces them by
 real keys.
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020, with labels in the queue as
 KCL needs them (ICLR 2021, App. A). Wrap `encoder_q` alone in DistributedDataParallel: wrapped whole, the MoCo would
-broadcast its queue in each step, though every rank computes the same queue by itself. That holds if the MoCo is built
-under the same torch seed on all ranks; DDP makes only the `encoder_q` equal. Needs torch and ddp.py.
+broadcast its queue in each step, though every rank computes the same queue by itself. The ranks' queues agree only if
+the MoCo is built under the same torch seed on all of them; DDP makes just the `encoder_q` equal.
+
+Needs torch and ddp.py.
 """
 import torch
 import torch.nn as nn
@@ -36,15 +39,16 @@ def freeze_bn_statistics(module, frozen):
 
 
 class MoCo(nn.Module):
-    """encoder  a constructor, encoder(num_classes=dim), of a network (B, 3, H, W) -> (B, dim)
+    """The two encoders and the queue.
+
+    encoder  a constructor, encoder(num_classes=dim), of a network (B, 3, H, W) -> (B, dim)
     dim      d, the size of an embedding
     K        slots in the queue, any number
     m        momentum of the key encoder
     seed     of the shuffle across ranks, the same on every rank
-    parts    J, the number of parts that each rank's batch of J * b images is encoded in, one by one. W ranks then do
-             what W * J ranks with one part each would do: BatchNorm sees b images, the shuffle goes over all parts,
-             and the queue has the order of W * J ranks. Virtual rank v = r + W * j is part j of rank r, images
-             j, j + J, ... of its batch. With W = 2 and J = 2, rank 0 holds virtual ranks 0 and 2, rank 1 holds 1 and 3
+    parts    J: each rank's batch of J * b images is split into J parts, which are encoded one by one, so that W ranks
+             train as W * J would: BatchNorm sees b images, keys are shuffled over all parts, and the queue has the
+             order of W * J ranks. Part j of rank r is called virtual rank r + W * j; it has images j, j + J, ...
     """
 
     def __init__(self, encoder, dim=128, K=65536, m=0.999, seed=0, parts=1):
@@ -53,7 +57,7 @@ class MoCo(nn.Module):
         self.encoder_q, self.encoder_k = encoder(num_classes=dim), encoder(num_classes=dim)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
-        self.parameters_kq = None  # collected at the first update: that takes longer than the update itself
+        self.parameters_kq = None  # collected once, at the first update: collecting takes longer than the update
         self.register_buffer("queue", F.normalize(torch.randn(K, dim)))   # (K, d)
         self.register_buffer("queue_labels", torch.full((K,), -1))        # (K,), -1 = no real key yet
         self.ptr = 0  # the slot that the next key takes; a Python int, so that no step waits for the device
@@ -79,11 +83,11 @@ class MoCo(nn.Module):
         local_keys() picks those of this rank.
 
         im_k (J * b, 3, height, width) and labels (J * b,) are this rank's; every rank has equally many. prepare turns
-        images into the encoder's input once they have travelled as uint8.
+        images into the encoder's input after the exchange between ranks, which moves uint8.
 
         A query and its key must not share their BatchNorm batch, through which the encoder could tell that they belong
         together. So the images are shuffled over all virtual ranks and encoded there, and the keys are put back in
-        order. One rank with one part has a single batch, which query and key share.
+        order. With one rank and one part (digits, CIFAR) both encoders see the same batch, and shuffling is in vain.
 
         8 ranks of 32 images at 224 px receive 4.2 MB of images each, less than 4.8 for any W, and 0.12 MB of keys.
         """
@@ -130,7 +134,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def fill_queue(self, batches, prepare=lambda x: x):
         """Fill all K slots with real keys before step 0, from an iterable of (im_k, labels). It stops early if that
-        has fewer than K keys. The BatchNorm statistics of the key encoder are as before afterwards."""
+        has fewer than K keys. The BatchNorm statistics of the key encoder are restored."""
         before = [x.clone() for x in self.encoder_k.buffers()]
         filled = 0
         for im_k, labels in batches:

@@ -111,17 +111,17 @@ def test_loop_of_moco():
 
 def test_two_commands():
     """The main job, and the tests, which CI runs by the line that stands here."""
-    main_job, tests = re.search(r"```bash\n(.*?)```", README, re.S)[1].splitlines()
-    assert main_job == "bash recipes/digits.sh" and tests.startswith("python3 -m venv .venv && ")
-    assert "-m pytest" in tests and "grep -m 1 -- '-m pytest' README.md" in (ROOT / ".ci/run").read_text()
+    lines = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).splitlines()
+    tests, = [line for line in lines if "-m pytest" in line]
+    assert "bash recipes/digits.sh" in lines and tests.startswith("python3 -m venv .venv && ")
+    assert "grep -m 1 -- '-m pytest' README.md" in (ROOT / ".ci/run").read_text()
 
 
 def test_files():
-    """Every file of the top level is in the map, every link of the README leads somewhere, and it stays short."""
+    """Every file of the top level is in the map, and every link of the README leads somewhere."""
     links = re.findall(r"\]\(((?!http|#)[^)]+)\)", README)
     assert {file.name for file in ROOT.glob("*.py")} <= set(links)
     assert all((ROOT / link.partition("#")[0]).exists() for link in links)
-    assert len(README.splitlines()) < 200
 
 
 def test_house():

@@ -5,11 +5,10 @@ Encoders by name, and reading one from a file: ours, torchvision's, or another p
     encoder = with_head(ARCHS["resnet50"], 128, mlp=True)         # the same with MoCo v2's two-layer head
     encoder = load_backbone("moco_v2_800ep.pth.tar", "resnet50")  # (B, 3, H, W) -> features (B, 2048)
 
-Add your own architecture to ARCHS. Its last layer must be `fc`, an nn.Linear.
+Add your own architecture to ARCHS. Its last layer must be `fc`, an nn.Linear; no other may be called `encoder`.
 """
 import argparse
 import copy
-import pickle
 import re
 import sys
 from functools import partial
@@ -73,7 +72,7 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-# name -> constructor that takes num_classes
+# name -> constructor that takes num_classes, or no argument
 ARCHS = {
     "resnet8": partial(CifarResNet, 8),
     "resnet8s": partial(CifarResNet, 8, stem_stride=2),                   # for the digits, in a fifth of the time
@@ -114,12 +113,23 @@ def branch(encoder):
     return stage[-1]
 
 
+def initialised(constructor, weights, **num_classes):
+    """A new encoder that starts from `weights` in all but its fc. weights: the state_dict of a load_backbone."""
+    encoder = constructor(**num_classes)
+    missing, unexpected = encoder.load_state_dict(weights, strict=False)
+    wrong = unexpected + [name for name in missing if not name.startswith("fc.")]
+    if wrong:
+        sys.exit(f"error: --init does not fit a new encoder, only one of them has {wrong[0]}; no "
+                 "network can start from the two branches of a BBN")
+    return encoder
+
+
 # ---- reading an encoder from a file
 
-ENTRIES = ("state_dict", "teacher", "model", "model_state_dict")          # in a checkpoint; DINO evaluates its teacher
+# a checkpoint's entries for the weights; of DINO's two networks it is the teacher that is evaluated
+ENTRIES = ("state_dict", "state_dict_best", "teacher", "model", "model_state_dict", "feat_model")
 PREFIXES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")   # of an encoder's names; the first that fits
-HEADS = ("fc", "head", "classifier", "projector", "projection_head", "prototypes")
-CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # of an nn.Sequential
+HEADS = ("fc", "linear", "head", "classifier", "projector", "projection_head", "prototypes")
 
 # files hold more than tensors: arguments (timm, DINO, SupCon), learning rates as numpy numbers (DINO, SwAV, SupCon)
 numpy_scalar = np.float64(0).__reduce__()[0]
@@ -133,60 +143,73 @@ def read_weights(path):
     """{name: tensor} from a .pt, .pth, .ckpt or .safetensors file; of a checkpoint, the first of ENTRIES."""
     if not Path(path).is_file():
         sys.exit(f"error: {path} is no file")
+    load = partial(torch.load, map_location="cpu", weights_only=True)
     if str(path).endswith(".safetensors"):
         try:
-            from safetensors.torch import load_file
+            from safetensors.torch import load_file as load
         except ImportError:
             sys.exit(f"error: {path} needs a package: `pip install safetensors`")
-        return load_file(path)
 
     try:
         with torch.serialization.safe_globals(SAFE):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, KeyError, EOFError):
-        sys.exit(f"error: {path} is no file of tensors; save model.state_dict() and nothing else")
-    weights = next((content[entry] for entry in ENTRIES if entry in content), content)
-    # DDP and torch.compile put a word into each name
-    return {re.sub(r"\b(module|_orig_mod)\.", "", str(name)): x for name, x in weights.items()}
+            content = load(path)
+        # an entry may have entries again
+        while inner := [x for x in map(content.get, ENTRIES) if isinstance(x, dict)]:
+            content = inner[0]
+        return {str(name): x for name, x in content.items()}
+    except Exception:  # every kind of damage raises its own
+        sys.exit(f"error: {path} is damaged or no checkpoint, or it holds more than tensors; save "
+                 "model.state_dict() and nothing else")
 
 
 def load_backbone(path, arch):
     """The encoder of architecture `arch` without its fc, (B, 3, H, W) -> features (B, D), from a file of ours,
-    torchvision, timm, MoCo, DINO, Barlow Twins, VICReg, SwAV, SupCon, solo-learn or lightly.
-
-    Every tensor except those of a head must be there in its shape. Prints what was matched and what was left out.
+    torchvision, timm, MoCo, DINO, Barlow Twins, VICReg, SwAV, SupCon, LDAM-DRW, classifier-balancing, solo-learn or
+    lightly. Prints what was matched and what was left out.
     """
-    weights = read_weights(path)
+    encoder, matched = fit(read_weights(path), arch, path)
+    print0(f"{path}: {matched}")
+    return encoder
 
-    # where the encoder is in the file
-    prefix = None
-    for candidate in PREFIXES:
-        if f"{candidate}conv1.weight" in weights or f"{candidate}0.weight" in weights:
-            prefix = candidate
-            break
-    if prefix is None:
-        beginnings = sorted({name.split(".")[0] for name in weights})
-        sys.exit(f"error: {path} has no conv1.weight, by itself or below {', '.join(PREFIXES[:-1])}; "
-                 f"its names begin with {', '.join(beginnings)}")
 
-    # what its architecture expects; files of old versions lack num_batches_tracked
+def fit(weights, arch, path):
+    """The encoder without its fc from the {name: tensor} of `path`, and a sentence on what was matched. Every tensor
+    except those of a head must be there in its shape."""
     encoder = ARCHS[arch]()
+    if not isinstance(getattr(encoder, "fc", None), nn.Linear):
+        sys.exit(f"error: {arch} must end in an nn.Linear called fc; see ARCHS in resnet.py")
     encoder.fc = nn.Identity()
     if any(".rebalanced." in name for name in weights):                   # of BBN: features (B, 2 D)
         branch(encoder)
     expected = encoder.state_dict()
-    state = {name: x for name, x in expected.items() if name.endswith("num_batches_tracked")}
+    children, first = {name.split(".")[0] for name in expected}, next(iter(expected))
+    named = enumerate(encoder.named_children())
+    numbered = {str(i): name for i, (name, _) in named}                   # the names in an nn.Sequential
+    if first not in weights:  # DDP and torch.compile put a word into each name
+        weights = {re.sub(r"\b(module|_orig_mod)\.", "", name): x for name, x in weights.items()}
 
-    # translate the names; heads and other networks are left out
-    left_out = []
-    for name, x in weights.items():
-        child, dot, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and child not in HEADS:
-            state[CHILDREN.get(child, child) + dot + rest] = x
-        else:
-            left_out.append(name)
+    # where the encoder is in the file, in its own names; heads and other networks are left out
+    for prefix in PREFIXES:
+        state, left_out = {}, []
+        for name, x in weights.items():
+            child, dot, rest = name.removeprefix(prefix).partition(".")
+            if child not in children:
+                child = numbered.get(child, child)
+            wanted = child in children or child not in HEADS
+            if wanted and name.startswith(prefix) and isinstance(x, torch.Tensor):
+                state[child + dot + rest] = x
+            else:
+                left_out.append(name)
+        if first in state:
+            break
+    else:
+        beginnings = sorted({name.split(".")[0] for name in weights})
+        sys.exit(f"error: {path} has no {first}, by itself or below {', '.join(PREFIXES[:-1])}; "
+                 f"its names begin with {', '.join(beginnings)}")
 
-    # all of it must be there, and nothing else
+    # all of it must be there, and nothing else; files of old versions lack num_batches_tracked
+    counters = {name: x for name, x in expected.items() if name.endswith("num_batches_tracked")}
+    state = counters | state
     for name in expected | state:
         found, wanted = (tuple(x[name].shape) if name in x else "absent" for x in (state, expected))
         if found != wanted:
@@ -196,6 +219,5 @@ def load_backbone(path, arch):
     encoder.load_state_dict(state)
     below = f" below {prefix}" if prefix else ""
     some = ", ".join(left_out[:4]) + ", ..." * (len(left_out) > 4)
-    print0(f"{path}: {len(weights) - len(left_out)} of {len(expected)} tensors matched{below}; "
-           f"{len(left_out)} left out: {some or 'none'}")
-    return encoder
+    matched = f"{len(weights) - len(left_out)} of {len(expected)} tensors matched{below}"
+    return encoder, f"{matched}; {len(left_out)} left out: {some or 'none'}"

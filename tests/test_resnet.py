@@ -82,6 +82,11 @@ def formats(s):
         "lightly": ({"hyper_parameters": {"num_classes": 10}, "state_dict": {
             **below("backbone.", s), **below("projection_head.layers.", MLP), **below("query_backbone.", scrambled(s)),
             "criterion.memory_bank.bank": torch.ones(4, 4)}}, n + 5),
+        "classifier-balancing, targeted-supcon": ({"epoch": 90, "best_acc": np.float64(0.4), "centroids": None, "state_dict_best": {
+            "classifier": below("module.fc.", LINEAR), "feat_model": below("module.", s)}}, 0),
+        "classifier-balancing (latest)": ({"epoch": 90, "state_dict": {"feat_model": s, "classifier": below("fc.", LINEAR)}}, 0),
+        "LDAM-DRW": ({"arch": "resnet32", "best_acc1": torch.tensor(77.0), "state_dict": below("module.", {
+            **s, "linear.weight": torch.ones(64, 10)}), "optimizer": sgd(0.1)}, 1),
         "torch.compile": (below("_orig_mod.", plain), 2),
         "torch.compile, DDP": ({"model_state_dict": below("module._orig_mod.", plain)}, 2)}
 
@@ -134,13 +139,43 @@ def test_timm_writes_what_we_read_and_reads_what_we_write(tmp_path):
         assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items() if "fc." not in name)
 
 
-def test_numbered_children(tmp_path):
+@pytest.mark.parametrize("arch", ["resnet18", "resnet8"])
+def test_numbered_children(tmp_path, arch):
     """Lightly's examples: nn.Sequential(*list(resnet.children())[:-1])."""
-    net = torchvision.models.resnet18()
+    net = ARCHS[arch]()
     numbered = nn.Sequential(*list(net.children())[:-1]).state_dict()
     torch.save({"state_dict": {**below("backbone.", numbered), **below("projection_head.", MLP)}}, tmp_path / "x.ckpt")
     net.fc = nn.Identity()
-    assert_reads(tmp_path / "x.ckpt", "resnet18", net.state_dict())
+    assert_reads(tmp_path / "x.ckpt", arch, net.state_dict())
+
+
+def of_children(*names):
+    """An architecture of your own, whose convolutions have these names."""
+    def constructor(num_classes=10):
+        net = nn.Sequential()
+        for i, name in enumerate(names):
+            net.add_module(name, nn.Conv2d(3 if i == 0 else 4, 4, 3))
+        net.fc = nn.Linear(4, num_classes)
+        return net
+    return constructor
+
+
+@pytest.mark.parametrize("names", [("stem", "head"), ("module", "linear"), ("encoder", "classifier"), ("projector", "0"), ("1", "0")])
+def test_names_of_your_own(tmp_path, monkeypatch, names):
+    """A child may be called as another program calls its heads or prefixes."""
+    monkeypatch.setitem(ARCHS, "mine", of_children(*names))
+    net = ARCHS["mine"]()
+    del net.fc
+    torch.save(net.state_dict(), tmp_path / "backbone.pt")
+    assert_reads(tmp_path / "backbone.pt", "mine", net.state_dict())
+
+
+def test_the_last_layer_must_be_fc(tmp_path, monkeypatch):
+    """Otherwise the features would be another data set's logits."""
+    monkeypatch.setitem(ARCHS, "mobile", torchvision.models.mobilenet_v3_small)
+    torch.save(ARCHS["mobile"]().state_dict(), tmp_path / "x.pth")
+    with pytest.raises(SystemExit, match="^error: mobile must end in an nn.Linear called fc"):
+        load_backbone(tmp_path / "x.pth", "mobile")
 
 
 def test_bbn_comes_back_with_both_branches(tmp_path):
@@ -175,3 +210,23 @@ def test_a_half_loaded_backbone_is_refused(trained, tmp_path, change, sentence):
     torch.save({name: x for name, x in {**trained, **change}.items() if x is not None}, tmp_path / "x.pt")
     with pytest.raises(SystemExit, match=f"^error: .*x.pt .*{sentence}"):
         load_backbone(tmp_path / "x.pt", "resnet8")
+
+
+def test_damaged_files_and_what_is_no_checkpoint(trained, tmp_path):
+    torch.save(trained, tmp_path / "whole.pth")
+    torch.save(trained, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file(trained, tmp_path / "whole.safetensors")
+    whole, old, safe = ((tmp_path / name).read_bytes() for name in ("whole.pth", "old.pth", "whole.safetensors"))
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 94567890\n"
+    files = {"a.pth": whole[:-1000], "b.pth": whole[:500], "c.pth": old[:-1000], "d.pth": pointer, "e.pth": b"", "f.pth": b"lr = 0.1",
+             "g.pth": bytes(range(256)), "h.safetensors": safe[:-1000], "i.safetensors": pointer, "j.safetensors": b"", "k.safetensors": whole}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for name, content in {"list.pth": list(trained.values()), "tensor.pth": torch.ones(2), "model.pth": ARCHS["resnet8"]()}.items():
+        torch.save(content, tmp_path / name)
+        files[name] = content
+    for name in files:
+        with pytest.raises(SystemExit, match=f"^error: .*{name} is damaged or no checkpoint, or it holds more than tensors; save "):
+            load_backbone(tmp_path / name, "resnet8")
+    torch.save({**trained, "epoch": 3}, tmp_path / "flat.pth")            # what is no tensor is left out
+    assert_reads(tmp_path / "flat.pth", "resnet8", trained)

@@ -40,6 +40,9 @@ def test_export(script, tmp_path, capsys, monkeypatch):
     model = content.pop("model")
     assert content == {"__author__": "KCL", "matching_heuristics": True} and len(model) == len(state)
     assert np.array_equal(model["res3.0.conv2.weight"], state["layer2.0.conv2.weight"])
+    said = capsys.readouterr().out
+    assert "MODEL.RESNETS.STRIDE_IN_1X1: False" in said and "INPUT.FORMAT: RGB" in said
+    assert "PIXEL_MEAN: [123.675, 116.28, 103.53], MODEL.PIXEL_STD: [58.395, 57.12, 57.375]" in said
 
     script(export, tmp_path / "moco.pth", "--to", "safetensors", tmp_path / "x.safetensors", "--arch", "resnet10")
     back = safetensors.torch.load_file(tmp_path / "x.safetensors")

@@ -5,7 +5,7 @@ Export a backbone to other programs.
     python tools/export.py runs/imagenet-.../backbone.pt --to detectron2 backbone.pkl
 
 torchvision and timm read backbone.pt as it is: load_state_dict(torch.load(path), strict=False) misses only the fc.
-detectron2 takes the .pkl as MODEL.WEIGHTS, with MODEL.PIXEL_MEAN and PIXEL_STD of RGB images and INPUT.FORMAT "RGB".
+detectron2 takes the .pkl as MODEL.WEIGHTS, with MODEL.RESNETS.STRIDE_IN_1X1: False and what else is printed.
 The source may be any checkpoint that resnet.load_backbone can read.
 """
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import data
 import ddp
 from checkpoint import settings_of
 from resnet import ARCHS, load_backbone
@@ -40,7 +41,8 @@ def main():
     p.add_argument("--arch", choices=tuple(ARCHS), help="default: what the log next to the backbone says")
     args = p.parse_args()
 
-    arch = args.arch or settings_of(args.backbone).get("arch")
+    run = settings_of(args.backbone)
+    arch = args.arch or run.get("arch")
     if arch is None:
         sys.exit(f"error: no log.jsonl of train_rep.py next to {args.backbone}; pass --arch")
     state = load_backbone(args.backbone, arch).state_dict()
@@ -61,6 +63,12 @@ def main():
             sys.exit("error: --to safetensors needs a package: `pip install safetensors`")
         save_file(state, args.out, {"format": "pt"})
     print(f"{len(state)} tensors in {args.out}")
+    if args.to == "detectron2":
+        spec = data.DATASETS[run.get("dataset", "imagenet")]
+        mean, std = ([round(255 * x, 3) for x in spec[name]] for name in ("mean", "std"))
+        print("In detectron2 set MODEL.RESNETS.STRIDE_IN_1X1: False (True, its default, loads as well, "
+              f"but computes other features), MODEL.PIXEL_MEAN: {mean}, MODEL.PIXEL_STD: {std}, "
+              "INPUT.FORMAT: RGB")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,9 @@ def parse_args():
     for flag, losses in IGNORED_BY.items():
         if args.loss in losses and getattr(args, flag) != p.get_default(flag):
             sys.exit(f"error: --{flag.replace('_', '-')} has no effect with --loss {args.loss}")
+    if (args.sampler == "bilateral") != (args.loss == "bbn"):
+        sys.exit(f"error: --sampler {args.sampler} is not for --loss {args.loss}; bilateral "
+                 "batches are for bbn alone, and it needs them")
     if args.virtual_gpus % ddp.world() or args.batch % args.virtual_gpus:
         sys.exit(f"error: --virtual-gpus {args.virtual_gpus} must be a multiple of the {ddp.world()} ranks "
                  f"and divide --batch {args.batch}")

@@ -427,6 +427,8 @@ MISTAKES = [
     ("--loss kcl-batch --drop-unused", "--drop-unused has no effect with --loss kcl-batch"),
     ("--loss ce --first-k", "--first-k has no effect with --loss ce"),
     ("--loss focal --drw", "--drw has no effect with --loss focal"),
+    *((f"--loss bbn --sampler {s}", f"--sampler {s} is not for --loss bbn; bilateral") for s in ("instance", "class")),
+    *((f"--loss {x} --sampler bilateral", f"--sampler bilateral is not for --loss {x}") for x in ("ce", "kcl", "supcon", "ldam")),
     ("--loss ce --virtual-gpus 3", "--virtual-gpus 3 must be a multiple of the 1 ranks and divide --batch 8"),
     ("--loss supcon --virtual-gpus 2", "--loss supcon needs it whole"),
     ("--dataset imagenet", "--dataset imagenet needs --data"),

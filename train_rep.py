@@ -16,6 +16,8 @@ import argparse
 import itertools
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 import time
@@ -33,7 +35,7 @@ import data
 import ddp
 from kcl import kcl_loss
 from moco import MoCo, freeze_bn_statistics
-from resnet import ARCHS, load_backbone, with_head
+from resnet import ARCHS, fit, initialised, load_backbone, with_head
 
 KCL_FAMILY = ("kcl", "cl", "fcl")  # k positives from the queue, none, all
 
@@ -197,20 +199,39 @@ def learning_rate(base, schedule, t):
 
 def network(args, class_sizes, parts):
     """The model to train, the same on all ranks, and its encoders: two in a MoCo."""
+    constructor = ARCHS[args.arch]
+    if args.init:
+        start = load_backbone(args.init, args.arch).state_dict()
+        constructor = partial(initialised, constructor, start)
+
     torch.manual_seed(args.seed)
     if args.loss in (*KCL_FAMILY, *baselines.QUEUE):
-        encoder = partial(with_head, ARCHS[args.arch], mlp=args.mlp)
+        encoder = partial(with_head, constructor, mlp=args.mlp)
         model = MoCo(encoder, args.dim, args.queue, args.m, args.seed, parts)
         encoders = [model.encoder_q, model.encoder_k]
     else:
-        model = baselines.network(args, ARCHS[args.arch], class_sizes)
+        model = baselines.network(args, constructor, class_sizes)
         encoders = [model]
-    start = load_backbone(args.init, args.arch).state_dict() if args.init else {}
-    for encoder in encoders:
-        encoder.load_state_dict(start, strict=False)                      # all but the fc
-        if args.compile:
+
+    # read its backbone as stage 2 will, which must not fail after hours; with --init it is still the file's
+    backbone, _ = fit(backbone_of(model), args.arch, f"the network of --loss {args.loss}")
+    for name, x in backbone.state_dict().items() if args.init else ():
+        in_file = re.sub(r"\.(conventional|rebalanced)\b", "", name)      # BBN has its last block twice
+        if not torch.equal(x, start[in_file]):
+            sys.exit(f"error: {name} of --loss {args.loss} is not that of {args.init}; build the "
+                     "encoder in baselines.network with the constructor that it is given")
+    if args.compile:
+        for encoder in encoders:
             encoder.compile()
     return model, encoders
+
+
+def backbone_of(model):
+    """{name: tensor} of the encoder in its own names, without its fc: what backbone.pt holds."""
+    encoder = getattr(model, "encoder", model)                            # BBN has one inside
+    if isinstance(model, MoCo):
+        encoder = model.encoder_q
+    return {name: x for name, x in encoder.state_dict().items() if not name.startswith("fc.")}
 
 
 def criterion_of(args, model, class_sizes, epoch):

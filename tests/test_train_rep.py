@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import checkpoint
 import data
 import kcl
 import train_rep
-from resnet import ARCHS, with_head
+from resnet import ARCHS, load_backbone, with_head
 
 T, M, LR, DECAY, BATCH, K, DIM, EPOCHS, SEED = 0.2, 0.9, 0.05, 0.02, 8, 20, 16, 2, 3
 SETTINGS = (f"--temperature {T} --m {M} --lr {LR} --weight-decay {DECAY} --batch {BATCH} --queue {K} --dim {DIM} "
@@ -302,6 +303,111 @@ def test_finished_restart_and_other_settings(small, script, tmp_path, capsys):
     (out / "head.pt").unlink()
     script(train_rep, *settings, "--lr", 0.1)
     assert (out / "head.pt").exists() and (out / "backbone.pt").exists()
+
+    # a loss without a classifier leaves none behind, least of all another backbone's
+    script(train_rep, *settings, "--restart", "--loss", "supcon")
+    assert (out / "backbone.pt").exists() and not (out / "head.pt").exists()
+
+
+# ---- which network starts from which file
+
+def network_of(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["train_rep.py", *map(str, (*SETTINGS, *flags))])
+    return train_rep.network(train_rep.parse_args(), torch.tensor(COUNTS), 1)[0]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A file of weights that no constructor draws: {name: tensor}, and its path."""
+    state = {name: x + 1 for name, x in ARCHS["resnet8s"]().state_dict().items() if name[:3] != "fc."}
+    torch.save(state, tmp_path / "start.pt")
+    return state, tmp_path / "start.pt"
+
+
+def assert_starts_from(model, state, tensors):
+    """So many tensors of the model, all but those of heads and queue, are the file's."""
+    found = 0
+    for name, x in model.state_dict().items():
+        in_file = re.sub(r"^(encoder_q|encoder_k|encoder|backbone)\.|\b(conventional|rebalanced)\.", "", name)
+        if in_file.split(".")[0] not in ("fc", "queue", "queue_labels", "_extra_state"):
+            assert torch.equal(x, state[in_file]), name
+            found += 1
+    assert found == tensors
+
+
+@pytest.mark.parametrize("loss", ["kcl", "kcl --mlp", "cl", "fcl", *baselines.LOSSES])
+def test_init_reaches_every_network(loss, start, monkeypatch):
+    """42 tensors, twice in a MoCo; a block of 12 twice in a BBN."""
+    model = network_of(monkeypatch, "--loss", *loss.split(), "--init", start[1])
+    assert_starts_from(model, start[0], 84 if hasattr(model, "encoder_q") else 54 if loss == "bbn" else 42)
+
+
+class Nested(nn.Module):
+    """A fork's network around an encoder."""
+
+    def __init__(self, name, encoder):
+        super().__init__()
+        self.add_module(name, encoder)
+        self.fc = encoder.fc
+
+
+def test_the_network_of_a_fork_starts_from_the_file_or_ends_the_run(start, monkeypatch):
+    def of_fork(build, *flags):
+        monkeypatch.setattr(baselines, "network", lambda args, constructor, counts: build(constructor))
+        return network_of(monkeypatch, "--loss", "ce", *flags)
+
+    def other_stem(constructor):
+        net = constructor(num_classes=10)
+        net.conv1 = nn.Conv2d(3, 16, 3, 2, padding=1, bias=False)
+        return net
+
+    init = "--init", start[1]
+    for name in ("encoder", "backbone"):
+        assert_starts_from(of_fork(lambda constructor: Nested(name, constructor(num_classes=10)), *init), start[0], 42)
+    for build in (lambda constructor: ARCHS["resnet8s"](), lambda constructor: Nested("encoder", ARCHS["resnet8s"]()), other_stem):
+        of_fork(build)
+        with pytest.raises(SystemExit, match="^error: conv1.weight of --loss ce is not that of .*start.pt; build the encoder"):
+            of_fork(build, *init)
+    for flags in ((), init):  # stage 2 could not read it
+        with pytest.raises(SystemExit, match="^error: the network of --loss ce has no conv1.weight, .*; its names begin with net"):
+            of_fork(lambda constructor: Nested("net", constructor(num_classes=10)), *flags)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kcl", "supcon", "bbn"])
+def test_nothing_starts_from_two_branches(loss, tmp_path, monkeypatch):
+    torch.save(baselines.BBN(ARCHS["resnet8s"], 10).encoder.state_dict(), tmp_path / "bbn.pt")
+    with pytest.raises(SystemExit, match="^error: --init does not fit a new encoder, .*layer3.0.conv.*two branches of a BBN"):
+        network_of(monkeypatch, "--loss", loss, "--init", tmp_path / "bbn.pt")
+
+
+class Mine(nn.Module):
+    """An architecture of your own, in other names than torchvision's; `last` should be fc."""
+
+    def __init__(self, num_classes=10, last="fc"):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 4), nn.Conv2d(8, 8, 3, 4)
+        self.add_module(last, nn.Linear(8, num_classes))
+
+    def forward(self, x):
+        *_, last = self.children()
+        return last(self.head(self.stem(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("loss", ["kcl", "ce"])
+def test_an_architecture_of_your_own(loss, small, script, tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHS, "mine", Mine)
+    settings = ["--loss", loss, *SETTINGS, *small, "--arch", "mine"]
+    script(train_rep, *settings, "--out", tmp_path / "run")
+    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["model"]
+    backbone = load_backbone(tmp_path / "run/backbone.pt", "mine")
+    for name, x in backbone.state_dict().items():
+        assert torch.equal(x, state["encoder_q." * (loss == "kcl") + name].cpu()), name
+    assert len(backbone.state_dict()) == 4 and backbone(torch.ones(2, 3, 32, 32)).shape == (2, 8)
+
+    monkeypatch.setitem(ARCHS, "mine", partial(Mine, last="out"))
+    with pytest.raises(SystemExit, match="^error: mine must end in an nn.Linear called fc"):
+        script(train_rep, *settings, "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_amp_and_compile(small, script, tmp_path, monkeypatch):

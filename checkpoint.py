@@ -62,8 +62,9 @@ def resume(out, settings, finished, restart=False):
     """
     log = out / "log.jsonl"
     if restart and ddp.rank() == 0:
-        for file in (out / finished, out / "ckpt.pt", log):
-            file.unlink(missing_ok=True)
+        for name in (finished, "ckpt.pt", "head.pt", "log.jsonl", "eval*.json"):
+            for file in out.glob(name):
+                file.unlink()
     if restart or not log.exists():
         return None
 
@@ -140,4 +141,9 @@ def read_head(path):
     head = torch.load(path, map_location="cpu", weights_only=True) if Path(path).exists() else {}
     if "weight" not in head:
         sys.exit(f"error: {path} is missing or not a head.pt; train_linear.py writes one, in linear-lt/")
+    if "backbone_sha256" in head:  # older files have none
+        backbone = (Path(path).parent / head["backbone"]).resolve()
+        if backbone.is_file() and sha256(backbone) != head["backbone_sha256"]:
+            sys.exit(f"error: {path} was trained on another backbone than what is now {backbone}; "
+                     f"run `python train_linear.py {backbone} --restart`")
     return head

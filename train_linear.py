@@ -218,9 +218,10 @@ def choose(heads, pairs, features, labels, args):
     return best, top1[best]
 
 
-def save_results(args, backbone_list, classifier, chosen, val_top1):
+def save_results(args, header, classifier, chosen, val_top1):
     """Write head.pt, which marks the run as finished."""
     # many / medium / few go by what the backbone has seen, unless its list has other classes
+    backbone_list = header["settings"]["backbone_list"]
     counts_of = args.list
     if backbone_list and Path(backbone_list).parent == Path(args.list).parent:
         counts_of = backbone_list
@@ -232,6 +233,7 @@ def save_results(args, backbone_list, classifier, chosen, val_top1):
         "weight": classifier.weight.detach().cpu().clone(),
         "bias": classifier.bias.detach().cpu().clone(),
         "backbone": os.path.relpath(args.backbone, args.out),
+        "backbone_sha256": header["settings"]["backbone_sha256"],
         "arch": args.arch, "dataset": args.dataset, "data": args.data, "list": args.list,
         "counts": counts.tolist(), "counts_of": counts_of,
         "list_sha256": checkpoint.sha256(data.find_list(args.data, counts_of)),
@@ -359,7 +361,7 @@ def main():
     if ddp.rank() == 0:
         log({"step": args.epochs * steps, "lr": lr, "weight_decay": decay, "val_top1": val_top1})
         chosen = f"lr {lr:g}, weight decay {decay:g} {reason}"
-        save_results(args, backbone_list, heads[best], chosen, val_top1)
+        save_results(args, header, heads[best], chosen, val_top1)
 
 
 if __name__ == "__main__":

@@ -262,6 +262,8 @@ def keys_to_fill(loader, draws, args, device):
 
 def save_results(args, header, model, class_sizes):
     """Write head.pt if the loss trains a classifier, then backbone.pt, which says that the run is finished."""
+    state = {name: x.cpu().contiguous() for name, x in backbone_of(model).items()}
+    checkpoint.save(state, args.out / "backbone.new")                     # head.pt holds its hash
     if args.loss in baselines.CLASSIFICATION:
         weight, bias = baselines.classifier(model)
         spec = data.DATASETS[args.dataset]
@@ -272,20 +274,13 @@ def save_results(args, header, model, class_sizes):
             "weight": weight.cpu(), "bias": bias.cpu(), "name": args.out.name, "chosen": "",
             "protocol": f"joint {name}, {args.sampler} sampling",
             "backbone": "backbone.pt", "arch": args.arch,
+            "backbone_sha256": checkpoint.sha256(args.out / "backbone.new"),
             "dataset": args.dataset, "data": args.data, "list": args.list,
             "counts": class_sizes.tolist(), "counts_of": args.list,
             "list_sha256": header["settings"]["list_sha256"],
             **{key: spec[key] for key in ("mean", "std", "pixels", "resize")},
         }, args.out / "head.pt")
-
-    encoder = getattr(model, "encoder", model)                            # BBN has one inside
-    if isinstance(model, MoCo):
-        encoder = model.encoder_q
-    state = {}
-    for name, x in encoder.state_dict().items():
-        if not name.startswith("fc."):
-            state[name] = x.cpu().contiguous()
-    checkpoint.save(state, args.out / "backbone.pt")
+    os.replace(args.out / "backbone.new", args.out / "backbone.pt")
     print(f"backbone in {args.out / 'backbone.pt'}")
 
 

@@ -208,6 +208,7 @@ def test_steps_on_logits(loss, small, script, tmp_path, float64, monkeypatch):
     assert torch.allclose(head["weight"], F.normalize(weight) if loss.startswith("ldam") else weight, rtol=1e-9)
     assert torch.allclose(head["bias"], bias, rtol=1e-9)
     assert head["counts"] == COUNTS and head["name"] == "run" and head["backbone"] == "backbone.pt"
+    assert head["backbone_sha256"] == checkpoint.sha256(tmp_path / "run/backbone.pt")
     name = baselines.LOSSES[loss.split()[0]] + "-DRW" * ("--drw" in loss)
     assert head["protocol"] == f"joint {name}, {'bilateral' if loss == 'bbn' else sampler or 'instance'} sampling"
 
@@ -288,8 +289,10 @@ def test_finished_restart_and_other_settings(small, script, tmp_path, capsys):
     assert "is finished already; --restart" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds a run with other settings .lr: 0.05 there, 0.1 here"):
         script(train_rep, *settings, "--lr", 0.1)
+    for file in ("eval.json", "eval_tau_norm.json"):  # numbers of the old backbone
+        (out / file).write_text("{}")
     script(train_rep, *settings, "--restart", "--lr", 0.1)
-    assert (out / "backbone.pt").stat().st_mtime_ns > first
+    assert (out / "backbone.pt").stat().st_mtime_ns > first and not list(out.glob("eval*.json"))
     assert json.loads(open(out / "log.jsonl").readline())["settings"]["lr"] == 0.1
 
     (out / "ckpt.pt").unlink()

@@ -13,7 +13,10 @@ import checkpoint
 import data
 import evaluate
 import resnet
+import train_linear
+import train_rep
 from evaluate import balancedness, class_means, count_hits, group_accuracy, scores, tau_normalize
+from tools import plots
 
 # ---- metrics
 
@@ -162,6 +165,30 @@ def test_heads_together_score_as_each_alone_and_encode_once(script, heads, monke
         assert together[heads[0], file]["top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=0.011)
 
 
+def test_the_bias_is_the_heads_alone_and_sigma_reaches_beta(script, heads, tmp_path, capsys):
+    """With a bias of 99 for class 4 every image is of class 4, but for tau-norm and NCM, which have none. Per class, since
+    top-1 may tell one image less."""
+    shutil.copy(heads[0].with_name("backbone.pt"), tmp_path)
+    head = torch.load(heads[0], weights_only=True)
+    head["bias"] = 99.0 * (torch.arange(10) == 4)
+    torch.save(head, tmp_path / "head.pt")
+    script(evaluate, tmp_path, "--tau-norm", "--ncm", "--sigma", 0.7, "--list", heads[0].parent.parent / "test.txt",
+           "--val", heads[0].parent.parent / "val.txt", "--workers", 0)
+    assert "sigma = 0.7" in capsys.readouterr().out
+    rows = {file.name: json.loads(file.read_text()) for file in tmp_path.glob("eval*.json")}
+    assert len(rows) == 3 and rows["eval.json"]["per_class"] == [0] * 4 + [1] + [0] * 5
+
+    features, labels = extract_literally(heads[0])
+    tau = float(rows["eval_tau_norm.json"]["chosen"].split()[1])
+    hits = count_hits(features @ tau_normalize(head["weight"], tau).T, labels)
+    assert np.allclose(rows["eval_tau_norm.json"]["per_class"], hits[1] / hits[0], atol=0.11)  # an image of ten may be a tie
+    assert hits[1][4] < 9 and rows["eval_ncm.json"]["per_class"][4] < 0.9
+    for row in rows.values():
+        acc = np.array(row["per_class"])
+        assert row["sigma"] == 0.7
+        assert row["balancedness"] == pytest.approx(np.exp(-(acc[:, None] - acc) ** 2 / 0.7).mean(), rel=1e-12)
+
+
 def extract_literally(path):
     head = torch.load(path, weights_only=True)
     dataset = data.ImageList(head["data"], str(Path(head["list"]).with_name("test.txt")), head)
@@ -205,6 +232,33 @@ def test_another_list_of_the_same_name_is_noticed(heads, tmp_path):
     torch.save({**head, "list_sha256": "0"}, tmp_path / "head.pt")
     with pytest.raises(SystemExit, match="is another list than the one that was trained on"):
         evaluate.load_head(tmp_path / "head.pt")
+
+
+def test_a_classifier_belongs_to_one_backbone(script, digits, heads, tmp_path):
+    """Stage 1, stage 2, stage 1 again: every reader of the old classifiers refuses them."""
+    lt = heads[0].parent.parent / "lt.txt"
+    stage1 = ("--loss", "ce", "--arch", "resnet8s", "--epochs", 1, "--batch", 50, "--data", digits, "--list", lt, "--out", tmp_path)
+    stage2 = (tmp_path / "backbone.pt", "--features", "cached", "--epochs", 1, "--batch", 50)
+    script(train_rep, *stage1)
+    script(train_linear, *stage2)
+    linear = tmp_path / "linear-lt-cached/head.pt"
+    for file in (tmp_path / "head.pt", linear):
+        assert torch.load(file, weights_only=True)["backbone_sha256"] == checkpoint.sha256(tmp_path / "backbone.pt")
+    script(evaluate, tmp_path, linear)
+    joint = (tmp_path / "head.pt").read_bytes()
+
+    script(train_rep, *stage1, "--restart", "--lr", 0.01)
+    script(evaluate, tmp_path)                                            # the new head
+    (tmp_path / "head.pt").write_bytes(joint)
+    sentence = "head.pt was trained on another backbone than what is now {0}; run `python train_linear.py {0} --restart`"
+    for module, flags in ((evaluate, [linear]), (evaluate, [tmp_path]), (evaluate, [tmp_path, "--data", digits]), (plots, [linear]),
+                          (train_linear, [*stage2, "--classifier", "lws"])):
+        with pytest.raises(SystemExit) as error:
+            script(module, *flags)
+        assert str(error.value).startswith("error: ") and sentence.format(tmp_path / "backbone.pt") in str(error.value)
+    script(train_linear, *stage2, "--restart")
+    assert not (linear.parent / "eval.json").exists()                     # of the old classifier
+    script(evaluate, linear)
 
 
 def test_photographs_are_read_by_as_many_workers_as_there_are_cores(script, heads, tmp_path, monkeypatch):

@@ -207,14 +207,15 @@ class RandomResizedCrop(T.RandomResizedCrop):
 
 
 def adjust_hue(image, turns):
-    """torchvision's adjust_hue of a uint8 image (3, H, W), to one grey level, in a fifth of its time.
+    """torchvision's adjust_hue of uint8 images (..., 3, H, W), to within one grey level, five times as fast. turns: a
+    number, or one per image (..., 1, 1).
 
     Hues lie on a circle: red at 0, green at a third of a turn, blue at two thirds. A channel has the pixel's largest
     value up to a sixth of a turn from its own hue, the smallest beyond two sixths, and is linear in between.
     """
     rgb = image.short()
-    r, g, b = rgb
-    low, high = rgb.amin(0), rgb.amax(0)                                  # (H, W)
+    r, g, b = rgb.unbind(-3)
+    low, high = rgb.amin(-3), rgb.amax(-3)                                # (..., H, W)
     chroma = high - low
 
     # a pixel is as far from pure red as it lacks red and has green and blue; 6 * chroma are a full turn
@@ -223,10 +224,11 @@ def adjust_hue(image, turns):
     hue = hue / (6 * chroma).clamp_(min=1) + turns  # grey has no hue: whatever it gets is times chroma 0
 
     # in place, since fresh memory takes longer than the arithmetic
-    away = torch.stack([hue, hue - 1 / 3, hue - 2 / 3])                   # (3, H, W)
+    away = torch.stack([hue, hue - 1 / 3, hue - 2 / 3], dim=-3)           # (..., 3, H, W)
     away.sub_(away.round()).abs_()  # the shorter way around the circle
     share = away.mul_(-6).add_(2).clamp_(0, 1)
-    return share.mul_(chroma).add_(low).mul_(255.999 / 255).byte()  # rounds as torchvision does
+    share.mul_(chroma.unsqueeze(-3)).add_(low.unsqueeze(-3))
+    return share.mul_(255.999 / 255).byte()  # rounds as torchvision does
 
 
 class ColorJitter(T.ColorJitter):
@@ -288,7 +290,52 @@ def crop_flip(images, u, padding=4):
     return padded[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-BATCHED = {"affine": (affine, 4), "cifar": (crop_flip, 3)}  # name -> function, random numbers per view
+def blend(images, others, ratio):
+    """ratio * images + (1 - ratio) * others, both (B, 1 or 3, H, W) in 0..255, rounded down as torchvision does."""
+    return (ratio * images + (1 - ratio) * others).clamp_(0, 255).floor_()
+
+
+def gray(images):
+    return (images * images.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True).floor_()
+
+
+def simclr(images, u):
+    """SimCLR's for CIFAR: a random crop of 0.2 to 1 of the area, flip, colour jitter (0.4, 0.4, 0.4, 0.1) of 0.8 of the
+    views, 0.2 in gray. As torchvision's transforms, but the four jitters always come in this order.
+
+    images uint8 (B, 3, H, W), u (B, 29) uniform in [0, 1).
+    """
+    B, _, H, W = images.shape
+    area, aspect, u = u[:, :10], u[:, 10:20], u[:, 20:, None, None, None]
+
+    # the first of ten boxes that fits into the image, as in RandomResizedCrop; one of 10^8 views has none
+    area, aspect = (0.2 + 0.8 * area) * H * W, ((2 * aspect - 1) * math.log(4 / 3)).exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()                    # (B, 10)
+    first = ((w <= W) & (h <= H)).int().argmax(1, keepdim=True)
+    w, h = w.gather(1, first).clamp(max=W), h.gather(1, first).clamp(max=H)                  # (B, 1)
+    x0, y0 = (u[:, 0, 0, 0] * (W - w + 1)).floor(), (u[:, 1, 0, 0] * (H - h + 1)).floor()
+
+    # bilinear inside the box: pixel centers, clamped to those of the box, in grid_sample's [-1, 1]
+    def coordinates(start, length, side):                                                    # (B, side)
+        at = ((torch.arange(side, device=u.device) + 0.5) * length / side - 0.5).clamp(min=0)
+        return (2 * (start + at.minimum(length - 1)) + 1) / side - 1
+
+    x, y = coordinates(x0, w, W), coordinates(y0, h, H)
+    x = torch.where(u[:, 2, 0, 0] < 0.5, x, x.flip(1))
+    grid = torch.stack([x[:, None].expand(B, H, W), y[:, :, None].expand(B, H, W)], dim=3)
+    view = F.grid_sample(images.float(), grid, align_corners=False).round_()                 # (B, 3, H, W)
+
+    # brightness, contrast, saturation, hue
+    jittered = blend(view, view.new_zeros(()), 0.6 + 0.8 * u[:, 3])
+    jittered = blend(jittered, gray(jittered).mean((2, 3), keepdim=True), 0.6 + 0.8 * u[:, 4])
+    jittered = blend(jittered, gray(jittered), 0.6 + 0.8 * u[:, 5])
+    jittered = adjust_hue(jittered.byte(), 0.2 * u[:, 6, 0] - 0.1).float()
+    view = torch.where(u[:, 7] < 0.8, jittered, view)
+    return torch.where(u[:, 8] < 0.2, gray(view), view).byte()
+
+
+# name -> function, random numbers per view
+BATCHED = {"affine": (affine, 4), "cifar": (crop_flip, 3), "simclr": (simclr, 29)}
 AUGMENTATIONS = ("sup", "moco", "mocov2", "lt", *BATCHED)
 
 

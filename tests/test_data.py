@@ -338,7 +338,37 @@ def test_evaluation_sees_every_image_once(photos, monkeypatch, workers):
     assert torch.equal(seen[1][0][0][0][1], center)
 
 
-@pytest.mark.parametrize("aug", ["affine", "cifar"])
+def test_simclr_against_torchvision_image_by_image():
+    """The same box, flip and factors, one image at a time with torchvision's functions in this order."""
+    from torchvision.transforms.v2 import functional as V
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=g)
+    smooth = torch.nn.functional.interpolate(torch.rand(64, 3, 4, 4, generator=g) * 255, 32, mode="bicubic").clamp(0, 255).byte()
+    images, u = torch.cat([noise, smooth]), torch.rand(128, 29, generator=g)
+    found, kinds = data.simclr(images, u), []
+    for image, view, v in zip(images, found, u.tolist()):
+        for area, aspect in zip(v[:10], v[10:20]):
+            area, aspect = (0.2 + 0.8 * area) * 1024, math.exp((2 * aspect - 1) * math.log(4 / 3))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if w <= 32 and h <= 32:
+                break
+        x, y = int(v[20] * (32 - w + 1)), int(v[21] * (32 - h + 1))
+        expected = V.resized_crop(image, y, x, h, w, [32, 32], antialias=True)
+        expected = expected if v[22] < 0.5 else V.horizontal_flip(expected)
+        if v[27] < 0.8:
+            for adjust, factor in ((V.adjust_brightness, 0.6 + 0.8 * v[23]), (V.adjust_contrast, 0.6 + 0.8 * v[24]),
+                                   (V.adjust_saturation, 0.6 + 0.8 * v[25]), (V.adjust_hue, 0.2 * v[26] - 0.1)):
+                expected = adjust(expected, factor)
+        if v[28] < 0.2:
+            expected = V.rgb_to_grayscale(expected, 3)
+        kinds.append((v[22] < 0.5, v[27] < 0.8, v[28] < 0.2))
+        difference = (view.int() - expected.int()).abs()
+        # a level of rounding in the box: times 1.4, plus rounding, in each of three jitters, and one more of the hue
+        assert difference.max() <= 8 and difference.float().mean() < 0.5
+    assert len(set(kinds)) == 8
+
+
+@pytest.mark.parametrize("aug", ["affine", "cifar", "simclr"])
 def test_in_memory_augmentation_depends_on_the_draw_alone(digits, monkeypatch, aug):
     """Two ranks' batches together are that of one process."""
     images = data.ImageList(digits, "val.txt", DIGITS, aug, num_views=2)

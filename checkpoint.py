@@ -54,21 +54,48 @@ def header(args, **more):
             "time": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
+def in_use(out):
+    """Whether another process trains into `out`. If not, this one does until it ends, be it killed."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+        fcntl.lockf(os.open(out / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    return False
+
+
 def resume(out, settings, finished, restart=False):
     """The checkpoint that a run with these settings left in `out`, on the CPU. None if the run starts from scratch.
 
     finished: the file that a run writes last. Exits if it exists, or if `out` holds a run with other settings.
     restart: delete what `out` holds.
     """
-    log = out / "log.jsonl"
+    log, ckpt = out / "log.jsonl", out / "ckpt.pt"
+    first_line = log.read_text(encoding="utf-8").splitlines()[0] if log.exists() else None
+
+    # Ranks on several machines must agree: one that resumes would wait for one that starts over
+    found = None if restart else (first_line, ckpt.exists(), (out / finished).exists())
+    hashes = {name: x for name, x in settings.items() if name.endswith("_sha256")}
+    busy = ddp.rank() == 0 and in_use(out)
+    all_found, all_hashes, busy = zip(*ddp.of_all_ranks((found, hashes, busy)))
+    if busy[0]:
+        sys.exit(f"error: another process trains into {out}; wait for it, or pass another --out")
+    if any(other != found for other in all_found):
+        sys.exit(f"error: the ranks do not find the same in {out}; every machine must see --out")
+    if any(other != hashes for other in all_hashes):
+        sys.exit(f"error: the ranks read different files ({', '.join(hashes)}); every machine needs the same")
+
     if restart and ddp.rank() == 0:
         for name in (finished, "ckpt.pt", "head.pt", "log.jsonl", "eval*.json"):
             for file in out.glob(name):
                 file.unlink()
-    if restart or not log.exists():
+    if restart or first_line is None:
         return None
 
-    recorded = json.loads(log.read_text(encoding="utf-8").splitlines()[0])["settings"]
+    recorded = json.loads(first_line)["settings"]
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     differences = []
     for name, value in settings.items():
@@ -83,10 +110,10 @@ def resume(out, settings, finished, restart=False):
     if (out / finished).exists():
         ddp.print0(f"{out} is finished already; --restart trains it again")
         sys.exit(0)
-    if not (out / "ckpt.pt").exists():
+    if not ckpt.exists():
         ddp.print0(f"{out} has no checkpoint yet: the run starts over")
         return None
-    return torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+    return torch.load(ckpt, map_location="cpu", weights_only=True)
 
 
 def open_log(out, header, step=None, tensorboard=False):
@@ -119,7 +146,8 @@ def open_log(out, header, step=None, tensorboard=False):
         for name, x in line.items() if tensorboard else ():
             numbers = {f"{name}/{i}": n for i, n in enumerate(x)} if isinstance(x, list) else {name: x}
             for tag, number in numbers.items():
-                writer.add_scalar(tag, number, line["step"])
+                if number is not None:                                    # without a val list there is no val_top1
+                    writer.add_scalar(tag, number, line["step"])
     return log
 
 

@@ -18,6 +18,8 @@ import atexit
 import ctypes
 import gc
 import os
+import sys
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -26,10 +28,13 @@ atexit.register(gc.freeze)  # Python's last look at every object of torch would 
 
 
 def init():
-    """Start the process group. Returns this rank's device: a GPU of its own, or the CPU if there are too few."""
-    cuda = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if cuda:
+    """Start the process group. Returns this rank's device: a GPU of its own, or the CPU if the machine has none."""
+    gpus, ranks_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 0 < gpus < ranks_here:
+        sys.exit(f"error: {ranks_here} processes for {gpus} GPUs; use --nproc_per_node={gpus}, or train on the CPU "
+                 "with CUDA_VISIBLE_DEVICES= before the command")
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
     if "RANK" in os.environ:
@@ -40,9 +45,9 @@ def init():
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
-    if cuda:
+    if gpus:
         return torch.device("cuda", torch.cuda.current_device())
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc keeps freed memory (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD): zeroing new pages takes a fifth of a small step
         libc.mallopt(-1, 2**31 - 1)
         libc.mallopt(-3, 2**31 - 1)
@@ -61,6 +66,14 @@ def print0(*args):
     """print, on rank 0 only."""
     if rank() == 0:
         print(*args, flush=True)
+
+
+def of_all_ranks(x):
+    """[x of rank 0, x of rank 1, ...], for any x that pickles."""
+    everyone = [x] * world()
+    if world() > 1:
+        dist.all_gather_object(everyone, x)
+    return everyone
 
 
 def wrap(module):
@@ -108,6 +121,14 @@ def run(main):
     """Call main() and leave the process group, however it ends."""
     try:
         main()
+    except BaseException as error:
+        # One of several ranks says why it ends, and ends at once. To leave the group it would wait for the others
+        # (NCCL), which wait for it; torchrun ends them.
+        stopped = isinstance(error, SystemExit)
+        if world() > 1 and not (stopped and not error.code):
+            print(error.code if stopped else traceback.format_exc(), file=sys.stderr, flush=True)
+            os._exit(1)
+        raise
     finally:
         if world() > 1:
             gc.collect()  # a DDP wrapper that outlives its gloo group aborts at exit

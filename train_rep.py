@@ -272,7 +272,7 @@ def save_results(args, header, model, class_sizes):
             name += " from another backbone"
         checkpoint.save({
             "weight": weight.cpu(), "bias": bias.cpu(), "name": args.out.name, "chosen": "",
-            "protocol": f"joint {name}, {args.sampler} sampling",
+            "protocol": f"joint {name}, {args.sampler} sampling", "seed": args.seed,
             "backbone": "backbone.pt", "arch": args.arch,
             "backbone_sha256": checkpoint.sha256(args.out / "backbone.new"),
             "dataset": args.dataset, "data": args.data, "list": args.list,

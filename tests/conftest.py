@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,9 @@ def as_rank(rank, world, port, module, args, output):
 
 @pytest.fixture
 def ranks(tmp_path):
-    """ranks(2, "train_rep", "--loss", "kcl", ...): a script's main on so many ranks; returns what they print."""
-    def run(world, module, *args):
+    """ranks(2, "train_rep", "--loss", "kcl", ...): a script's main on so many ranks; returns what they print. Those that
+    have not ended after `seconds` are killed, and fail."""
+    def run(world, module, *args, seconds=120):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -72,8 +74,13 @@ def ranks(tmp_path):
         forks = [fork.Process(target=as_rank, args=(r, world, port, module, args, output)) for r in range(world)]
         for process in forks:
             process.start()
+        end = time.monotonic() + seconds
         for process in forks:
-            process.join()
+            process.join(max(0, end - time.monotonic()))
+        hung = [process for process in forks if process.is_alive()]
+        for process in hung:
+            process.kill()
+        assert not hung, f"{len(hung)} ranks hung: {output.read_text()[-3000:]}"
         assert not any(process.exitcode for process in forks), output.read_text()[-3000:]
         return output.read_text()
     return run

@@ -1,21 +1,31 @@
-"""Stage 1 against literal loops in float64, one rank against four, a killed run against an undisturbed one."""
+"""Stage 1 against literal loops in float64, one rank against four, a killed run against an undisturbed one; ranks that
+fail, or find different files."""
+import ctypes
 import json
 import math
+import multiprocessing
+import os
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import two_ranks
 
 import baselines
 import checkpoint
 import data
+import ddp
 import kcl
 import train_rep
 from resnet import ARCHS, load_backbone, with_head
@@ -207,7 +217,7 @@ def test_steps_on_logits(loss, small, script, tmp_path, float64, monkeypatch):
     bias = torch.zeros(10) if loss.startswith("ldam") else network.fc.bias.detach()
     assert torch.allclose(head["weight"], F.normalize(weight) if loss.startswith("ldam") else weight, rtol=1e-9)
     assert torch.allclose(head["bias"], bias, rtol=1e-9)
-    assert head["counts"] == COUNTS and head["name"] == "run" and head["backbone"] == "backbone.pt"
+    assert head["counts"] == COUNTS and head["name"] == "run" and head["seed"] == SEED and head["backbone"] == "backbone.pt"
     assert head["backbone_sha256"] == checkpoint.sha256(tmp_path / "run/backbone.pt")
     name = baselines.LOSSES[loss.split()[0]] + "-DRW" * ("--drw" in loss)
     assert head["protocol"] == f"joint {name}, {'bilateral' if loss == 'bbn' else sampler or 'instance'} sampling"
@@ -590,3 +600,137 @@ def test_digits_are_composed_where_they_are_missing(script, digits, tmp_path, mo
     monkeypatch.setattr(train_rep.subprocess, "run", make_lt)
     script(train_rep, "--loss", "ce", "--epochs", 1, "--batch", 300)
     assert (tmp_path / "runs/digits-lt-ce-seed0/backbone.pt").exists()
+
+
+# ---- ranks that fail, and machines that differ
+
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("end, printed", [
+    (ValueError("the disk is full"), "ValueError: the disk is full"), (SystemExit("error: one sentence"), "error: one sentence"),
+    (SystemExit(3), ""), (KeyboardInterrupt(), "KeyboardInterrupt")])
+def test_a_rank_that_fails_says_so_and_ends_while_the_other_waits(ranks, monkeypatch, end, printed, blocked):
+    """Even where leaving the group never ends, as NCCL's does while another rank waits."""
+    def main():
+        ddp.init()
+        if ddp.rank() == 1:
+            raise end
+        dist.all_reduce(torch.zeros(1))
+
+    monkeypatch.setattr(two_ranks, "main", main)
+    if blocked:
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: time.sleep(600))
+    with pytest.raises(AssertionError) as error:
+        ranks(2, "two_ranks", seconds=15)
+    assert printed in str(error.value) and "ranks hung" not in str(error.value)
+
+
+@pytest.mark.parametrize("code", [0, None])
+def test_ranks_that_have_nothing_to_do_leave_together(ranks, monkeypatch, code):
+    monkeypatch.setattr(two_ranks, "main", lambda: (ddp.init(), sys.exit(code)))
+    assert ranks(2, "two_ranks") == ""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: TEST_GPU=0,1")
+@pytest.mark.parametrize("flag, printed", [("", "ok"), ("fail", "rank 1 has lost its data")])
+def test_two_ranks_under_nccl(flag, printed):
+    root = Path(__file__).parent.parent
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "tests/two_ranks.py", flag],
+                          cwd=root, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True, timeout=60)
+    assert bool(done.returncode) == bool(flag) and printed in done.stdout + done.stderr and time.monotonic() - began < 45
+
+
+@pytest.mark.parametrize("gpus, ranks_here", [(4, 8), (1, 2)])
+def test_more_processes_than_gpus(monkeypatch, gpus, ranks_here):
+    """They would train on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_here))
+    with pytest.raises(SystemExit, match=f"error: {ranks_here} processes for {gpus} GPUs; use --nproc_per_node={gpus}, or "):
+        ddp.init()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="acts as a machine without a GPU")
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_systems_without_glibc(monkeypatch, platform, tmp_path):
+    """ctypes.CDLL(None) is a TypeError on Windows, which has no fcntl either."""
+    def cdll(name):
+        raise TypeError
+
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", cdll)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    devices = []
+    ddp.run(lambda: devices.append(ddp.init()))
+    assert devices == [torch.device("cpu")] and not checkpoint.in_use(tmp_path)
+
+
+LOG = json.dumps({"settings": {"lr": 1, "list_sha256": "a"}, "time": "9:00"}) + "\n"
+MACHINES = [  # what lies in --out on two machines, the hash of their training list, --restart, and what is right
+    (({"log.jsonl": LOG, "ckpt.pt": ""}, {}), "aa", False, "the ranks do not find the same in .*; every machine must see --out"),
+    (({}, {"log.jsonl": LOG, "ckpt.pt": ""}), "aa", False, "every machine must see --out"),
+    (({"log.jsonl": LOG}, {"log.jsonl": LOG.replace("9:00", "8:00")}), "aa", False, "every machine must see --out"),
+    (({"log.jsonl": LOG, "end": ""}, {"log.jsonl": LOG, "ckpt.pt": ""}), "aa", False, "every machine must see --out"),
+    (({"log.jsonl": LOG}, {"log.jsonl": LOG}), "ab", False, "the ranks read different files .list_sha256.; every machine needs"),
+    (({"log.jsonl": LOG, "ckpt.pt": ""}, {}), "aa", True, "anew"), (({}, {}), "aa", False, "anew"),
+    (({"log.jsonl": LOG, "end": ""},) * 2, "aa", False, "is finished already; --restart trains it again"),
+    (({"log.jsonl": LOG.replace("1", "2")},) * 2, "aa", False, "error: .* holds a run with other settings .lr: 2 there, 1 here"),
+]
+
+
+@pytest.mark.parametrize("files, lists, restart, printed", MACHINES)
+def test_machines_that_find_different_files_do_not_wait_for_each_other(ranks, tmp_path, monkeypatch, files, lists, restart, printed):
+    for machine, contents in enumerate(files):
+        (tmp_path / f"{machine}/run").mkdir(parents=True)
+        for name, text in contents.items():
+            (tmp_path / f"{machine}/run" / name).write_text(text)
+
+    def main():
+        ddp.init()
+        os.chdir(tmp_path / str(ddp.rank()))
+        settings = {"lr": 1, "list_sha256": lists[ddp.rank()]}
+        if checkpoint.resume(Path("run"), settings, "end", restart) is None:
+            print("anew", flush=True)
+
+    monkeypatch.setattr(two_ranks, "main", main)
+    if "error" in printed or "every" in printed:
+        with pytest.raises(AssertionError, match=printed):
+            ranks(2, "two_ranks", seconds=15)
+    else:
+        assert re.search(printed, ranks(2, "two_ranks", seconds=15))
+    assert not restart or os.listdir(tmp_path / "0/run") == ["lock"]
+
+
+def test_machines_that_encode_different_lists(ranks, monkeypatch, small):
+    """Of the same length, so that no collective would notice."""
+    def main():
+        ddp.init()
+        images = data.ImageList(small[1], small[3], data.DATASETS["digits"])
+        images.paths = images.paths[::1 - 2 * ddp.rank()]
+        data.encode_all(lambda x: x.float().mean((2, 3)), images, 3, 10, 0, torch.device("cpu"))
+
+    monkeypatch.setattr(two_ranks, "main", main)
+    with pytest.raises(AssertionError, match="error: .*small.txt is not the same list on all ranks"):
+        ranks(2, "two_ranks", seconds=15)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks")
+def test_two_runs_into_one_folder(small, script, tmp_path):
+    """The second is refused, with --restart too, until the first has ended, be it by a kill."""
+    def first():
+        assert not checkpoint.in_use(tmp_path / "run")
+        started.set()
+        time.sleep(600)
+
+    fork = multiprocessing.get_context("fork")
+    started = fork.Event()
+    other = fork.Process(target=first)
+    other.start()
+    assert started.wait(30)
+    settings = ["--loss", "ce", *SETTINGS, *small, "--out", tmp_path / "run"]
+    for flags in ([], ["--restart"]):
+        with pytest.raises(SystemExit, match="error: another process trains into .*run; wait for it, or pass another --out"):
+            script(train_rep, *settings, *flags)
+    other.kill()
+    other.join()
+    script(train_rep, *settings)
+    assert (tmp_path / "run/backbone.pt").exists()

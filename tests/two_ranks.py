@@ -1,4 +1,7 @@
-"""What only two ranks can show; test_moco.py starts it on two. Prints ok on rank 0."""
+"""What only two ranks can show; test_moco.py starts it on two, and torchrun on a machine with two GPUs. Prints ok on rank
+0. With the argument `fail` rank 1 raises, while rank 0 waits for it."""
+import sys
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -18,9 +21,9 @@ def same_on_both(*tensors):
     return torch.equal(both[0], both[1])
 
 
-def one_queue(rank, images, labels):
+def one_queue(rank, device, images, labels):
     """Keys are shuffled across the ranks, come back in order, and fill one queue."""
-    moco, seen = MoCo(small, dim=5, K=10), []
+    moco, seen = MoCo(small, dim=5, K=10).to(device), []
     mine, expected = images.chunk(2)[rank], F.normalize(moco.encoder_k(images))
     moco.encoder_k.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     for _ in range(20):
@@ -35,9 +38,9 @@ def one_queue(rank, images, labels):
     assert torch.equal(moco.queue[:8], keys) and same_on_both(moco.queue)
 
 
-def bytes_received(rank):
+def bytes_received(rank, device):
     """(W - 1) / W of the uint8 images in the mean, and the other ranks' keys of d fp32 and int64 labels."""
-    moco, b, d, received, images = MoCo(small, dim=5, K=10), 4, 5, [], 0
+    moco, b, d, received, images = MoCo(small, dim=5, K=10).to(device), 4, 5, [], 0
     all_gather, all_to_all = dist.all_gather, dist.all_to_all_single
 
     def count_gather(out, x):
@@ -50,18 +53,19 @@ def bytes_received(rank):
     dist.all_gather, dist.all_to_all_single = count_gather, count_all_to_all
     for _ in range(50):
         received.clear()
-        moco.keys(torch.zeros(b, 3, 2, 2, dtype=torch.uint8), torch.arange(b), prepare=torch.Tensor.float)
+        images_of_rank = torch.zeros(b, 3, 2, 2, dtype=torch.uint8, device=device)
+        moco.keys(images_of_rank, torch.arange(b, device=device), prepare=torch.Tensor.float)
         assert received[1:] == [b * d * 4, b * 8]
         images += received[0] / 50
     dist.all_gather, dist.all_to_all_single = all_gather, all_to_all
     assert 0.8 < images / (1 / 2 * b * 3 * 2 * 2) < 1.2
 
 
-def loss_of_all(rank, images, num_positives):
+def loss_of_all(rank, device, images, num_positives):
     """A loss on the embeddings of both ranks has the value and, after DDP's mean, the gradient of one process, with the
     same positives drawn."""
-    net = small(5)
-    labels, wrapped = torch.tensor([0, 0, 1, 0]), ddp.wrap(net)
+    net = small(5).to(device)
+    labels, wrapped = torch.tensor([0, 0, 1, 0], device=device), ddp.wrap(net)
     views = images.view(2, 4, 3, 2, 2)                                    # (views, images, ...)
     share = views[:, 2 * rank:2 * rank + 2].flatten(0, 1)                 # both views of two images
     torch.manual_seed(1)
@@ -75,13 +79,22 @@ def loss_of_all(rank, images, num_positives):
 
 
 def main():
-    ddp.init()
+    device = ddp.init()
     rank = ddp.rank()
-    assert ddp.world() == 2 and ddp.gather(torch.tensor([[rank, 7]])).tolist() == [[0, 7], [1, 7]]
+    if "fail" in sys.argv:
+        assert rank == 0, "rank 1 has lost its data"
+        dist.all_reduce(torch.zeros(1, device=device))
+    assert ddp.world() == 2 and ddp.gather(torch.tensor([[rank, 7]], device=device)).tolist() == [[0, 7], [1, 7]]
+    assert ddp.of_all_ranks([rank, "x"]) == [[0, "x"], [1, "x"]]
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 2, 2), torch.arange(8).where(torch.arange(8) < 7, -7)
-    one_queue(rank, images, labels)
-    bytes_received(rank)
+    images, labels = images.to(device), labels.to(device)
+    one_queue(rank, device, images, labels)
+    bytes_received(rank, device)
     for num_positives in (None, 2):
-        loss_of_all(rank, images, num_positives)
+        loss_of_all(rank, device, images, num_positives)
     ddp.print0("ok")
+
+
+if __name__ == "__main__":
+    ddp.run(main)

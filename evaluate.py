@@ -10,10 +10,12 @@ Balancedness (beta, eq. 3) says how equal the accuracies of the classes are on t
 a feature space (Figs 2, 4) with a linear classifier trained on the balanced set: `train_linear.py --protocol rep`. For
 any other head, beta describes features and classifier together.
 
-Prints one table and writes eval.json next to each head: accuracies in [0, 1], null for an empty group. Runs that differ
-only in their seed get an extra row with mean +- standard deviation. tools/plots.py draws what is written.
+Prints one table and writes eval.json next to each head: accuracies in [0, 1], null for an empty group. With another
+list than the test list the file is on_LIST_eval.json. Runs that differ only in their seed get an extra row with mean +-
+standard deviation. tools/plots.py draws what is written.
 """
 import argparse
+import csv
 import json
 import os
 import re
@@ -69,6 +71,7 @@ def scores(hits, class_sizes, sigma):
     n, top1, top5 = hits.numpy()
     acc = top1 / n
     return {"top1": float(top1.sum() / n.sum()), "top5": float(top5.sum() / n.sum()),
+            "class_mean": float(acc.mean()), "images_per_class": [int(n.min()), int(n.max())],
             **group_accuracy(acc, class_sizes),
             "balancedness": balancedness(acc, sigma), "sigma": sigma,
             "std": float(acc.std()), "per_class": acc.tolist(), "images": int(n.sum())}
@@ -115,6 +118,7 @@ def load_head(path, root=None, groups=None):
     head["backbone"] = (path.parent / head["backbone"]).resolve()
     head["data"] = root or head["data"]
 
+    head["trained_on"] = head["counts_of"]
     if groups:
         head["counts"] = data.read_list(head["data"], groups)[1].bincount().tolist()
         head["counts_of"] = groups
@@ -132,6 +136,19 @@ def images_of(head, name):
         sys.exit(f"error: {name} must hold all {C} classes of {head['path']}, and no other; its "
                  f"labels go up to {len(n) - 1}, and class {n.argmin()} has {n.min()} images")
     return dataset
+
+
+def class_names(images):
+    """Of each class the folder of its images, below the folder that all images share; or its label."""
+    folders = {}
+    for path, label in zip(images.paths, images.labels.tolist()):
+        folders.setdefault(label, set()).add(os.path.dirname(path))
+    shared = os.path.commonpath(set().union(*folders.values()))
+    names = []
+    for label in sorted(folders):
+        name = os.path.relpath(os.path.commonpath(folders[label]) or ".", shared or ".")
+        names.append(name if name != "." else str(label))
+    return names
 
 
 def evaluate(heads, args, device):
@@ -162,36 +179,48 @@ def evaluate(heads, args, device):
                         weight, head["bias"].to(device))]
         if "val" in head:
             tau = choose_tau(weight, *features_of(head["val"]))
-            classifiers.append(("eval_tau_norm.json", f"tau-norm of {head['protocol']}",
-                                f"tau {tau:g} chosen on {head['val'].name}",
+            chosen = f"tau {tau:g} chosen on {head['val'].name}"
+            if set(head["val"].paths) & set(head["test"].paths):
+                chosen += ", whose images are scored here"
+            classifiers.append(("eval_tau_norm.json", f"tau-norm of {head['protocol']}", chosen,
                                 tau_normalize(weight, tau), 0))
         if args.ncm and head is first:
-            means = class_means(*features_of(images_of(head, head["counts_of"])), len(weight))
-            classifiers.append(("eval_ncm.json", f"NCM on {head['counts_of']}", "", means, 0))
+            means = class_means(*features_of(images_of(head, head["trained_on"])), len(weight))
+            classifiers.append(("eval_ncm.json", f"NCM on {head['trained_on']}", "", means, 0))
 
         features, labels = features_of(head["test"])
         for file, protocol, chosen, weight, bias in classifiers:
             hits = count_hits(features @ weight.T + bias, labels)
-            rows.append({"run": head["name"], "protocol": protocol, "chosen": chosen,
-                         **scores(hits, head["counts"], args.sigma), "list": head["test"].name,
+            rows.append({"run": head["name"], "seed": head.get("seed"), "protocol": protocol,
+                         "chosen": chosen, **scores(hits, head["counts"], args.sigma),
+                         "list": head["test"].name, "classes": head["classes"],
                          "counts": head["counts"], "counts_of": head["counts_of"],
                          "head": str(head["path"])})
             if ddp.rank() == 0:
-                temporary = head["path"].with_name(f"{file}.tmp")
+                file = head["path"].with_name(head["prefix"] + file)
+                temporary = file.with_suffix(".tmp")
                 temporary.write_text(json.dumps(rows[-1], indent=1) + "\n")
-                os.replace(temporary, head["path"].with_name(file))
+                os.replace(temporary, file)
     return rows
 
 
 # ---- the table
 
 def over_seeds(rows):
-    """[(run without its seed, protocol, rows)]: rows that differ only in the seed of their run, together."""
+    """[(run without its seed, protocol, rows)]: rows that differ only in the seed of their run, together. The seed is
+    in the head.pt, or in the run's name."""
     together = {}
     for row in rows:
         key = re.sub(r"-seed\d+", "", row["run"]), row["protocol"]
         together.setdefault(key, []).append(row)
-    return [(*key, group) for key, group in together.items()]
+    groups = []
+    for (run, protocol), group in together.items():
+        seeds = {row["run"] if row.get("seed") is None else row["seed"] for row in group}
+        if len(seeds) == len(group):
+            groups.append((run, protocol, group))
+        else:                                                             # two classifiers of one run are no seeds
+            groups += [(row["run"], protocol, [row]) for row in group]
+    return groups
 
 
 def cell(rows, column):
@@ -208,31 +237,40 @@ def cell(rows, column):
 
 def print_table(rows, names=None):
     """Markdown: a line per row, then a line per run of several seeds. names: of the rows, instead of their runs."""
-    columns = ("top1", "top5", "many", "medium", "few", "balancedness", "std")
-    names = names or [row["run"] for row in rows]
+    columns = {"top-1": "top1", "top-5": "top5", "many": "many", "medium": "medium", "few": "few",
+               "beta": "balancedness", "std": "std"}
+    fewest, most = np.transpose([row["images_per_class"] for row in rows])
+    uneven = (fewest < most).any()
+    if uneven:
+        columns = {"top-1": "top1", "class mean": "class_mean", **columns}
     tests = sorted({row["list"] for row in rows})
     lines = []                                                            # (name, classifier, rows to average)
+    names = names or [row["run"] for row in rows]
     for name, row in zip(names, rows):
         notes = [row["protocol"], row["chosen"]]
         if len(tests) > 1:
             notes.append(f"on {row['list']}")
+        if any(row["run"] == other["run"] and row.get("seed") != other.get("seed") for other in rows):
+            notes.append(f"seed {row['seed']}")
         lines.append((name, ", ".join(filter(None, notes)), [row]))
-    for run, protocol, group in over_seeds(rows):
-        seeds = len({row["run"] for row in group})
-        if seeds > 1:
-            lines.append((f"{run}, {seeds} seeds", protocol, group))
+    means = [(f"{run}, {len(group)} seeds", protocol, group)
+             for run, protocol, group in over_seeds(rows) if len(group) > 1]
 
-    width = max(len(name) for name, _, _ in lines)
-    titles = ("top-1", "top-5", "many", "medium", "few", "beta", "std")
-    print(f"| {'run':<{width}} | {' | '.join(f'{x:>7}' for x in titles)} | classifier |")
-    print("|---" * 9 + "|")
-    for name, classifier, group in lines:
-        cells = " | ".join(f"{cell(group, column):>7}" for column in columns)
+    width = max(len(name) for name, _, _ in lines + means)
+    print(f"| {'run':<{width}} | {' | '.join(f'{x:>7}' for x in columns)} | classifier |")
+    print("|---" * (len(columns) + 2) + "|")
+    for name, classifier, group in lines + means:
+        cells = " | ".join(f"{cell(group, column):>{max(7, len(title))}}" for title, column in columns.items())
         print(f"| {name:<{width}} | {cells} | {classifier} |")
 
     class_lists = sorted({row["counts_of"] for row in rows})
     print(f"In percent, except for beta: balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). "
           f"Beta and std are of the class accuracies on {', '.join(tests)}.")
+    if uneven:
+        print(f"There are {fewest.min()} to {most.max()} images per class: top-1 and top-5 are means over images, "
+              "all others over classes, and a class of few images makes beta and std noisy.")
+    if means:
+        print("+- is the standard deviation over the seeds.")
     print("many / medium / few: mean over the classes with > 100 / 20 to 100 / < 20 images in "
           f"{', '.join(class_lists)}.")
 
@@ -252,6 +290,7 @@ def parse_args():
                    help="also classify by the nearest class mean of the backbone's training list")
     p.add_argument("--val", help="list that chooses tau; default: the data set's validation list")
     p.add_argument("--names", nargs="+", help="of the table's rows, in order; default: their runs")
+    p.add_argument("--csv", help="also write the table's rows to this file")
     p.add_argument("--batch", type=int, default=256, help="images per rank at a time: %(default)s")
     p.add_argument("--workers", type=int, help="data workers per rank; digits need none")
     return p.parse_intermixed_args()  # flags may stand between the heads
@@ -266,17 +305,26 @@ def main():
     of_backbone = {}
     for head in heads:
         spec = data.DATASETS[head["dataset"]]
-        test = args.list or data.beside(head["data"], head["list"], spec["test"])
-        head["test"] = images_of(head, test)
+        default = data.beside(head["data"], head["list"], spec["test"])
+        head["test"] = images_of(head, args.list or default)
+        head["classes"] = class_names(head["test"])
+        head["prefix"] = "" if head["test"].name == default else f"on_{Path(args.list).stem}_"
         if args.tau_norm and head["protocol"].startswith("joint CE"):  # trained along with its backbone
             val = args.val or data.beside(head["data"], head["list"], spec["val"])
-            head["val"] = images_of(head, val)
-            data.refuse_overlap(head["data"], head["list"], val)
+            if args.val or Path(val).is_file() or Path(head["data"], val).is_file():
+                head["val"] = images_of(head, val)
+                data.refuse_overlap(head["data"], head["list"], val)
+            else:
+                ddp.print0(f"{head['path']}: no tau-norm, since there is no validation list to choose tau; pass --val")
         key = head["backbone"], head["dataset"], head["data"]
         of_backbone.setdefault(key, []).append(head)
-    if args.tau_norm and not any("val" in head for head in heads):
+    if args.tau_norm and not any(head["protocol"].startswith("joint CE") for head in heads):
         ddp.print0("--tau-norm is for joint CE heads, the head.pt of train_rep.py --loss ce; "
                    "none was given")
+    num_rows = len(heads) + sum("val" in head for head in heads) + args.ncm * len(of_backbone)
+    if args.names and len(args.names) != num_rows:
+        sys.exit(f"error: --names names {len(args.names)} rows, and the table has {num_rows}: --tau-norm adds a row "
+                 "to each joint CE head, --ncm one to each backbone")
 
     # backbone by backbone; the table has the order of the command line
     rows = []
@@ -285,7 +333,14 @@ def main():
     order = [str(head["path"]) for head in heads]
     rows.sort(key=lambda row: order.index(row["head"]))
     if ddp.rank() == 0:
-        print_table(rows, args.names)
+        names = args.names or [row["run"] for row in rows]
+        print_table(rows, names)
+        if args.csv:
+            columns = ["name", *(key for key, x in rows[0].items() if not isinstance(x, list))]
+            with open(args.csv, "w", newline="", encoding="utf-8") as f:
+                table = csv.DictWriter(f, columns, extrasaction="ignore")
+                table.writeheader()
+                table.writerows({"name": name, **row} for name, row in zip(names, rows))
 
 
 if __name__ == "__main__":

@@ -109,10 +109,10 @@ def parse_args():
     args.sampler = args.sampler or {"lt": "class", "rep": "instance"}[args.protocol]
 
     # the hyper-parameters: where no flag gives them, the table does
-    family = "classification" if args.loss in (None, *CLASSIFICATION) else "contrastive"
     if args.lr is None and args.val != "none":
         args.lr = LR_GRID
-    for name, value in DEFAULTS[spec["kind"], family].items():
+    kind, family = row_of_defaults(args)
+    for name, value in DEFAULTS[kind, family].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
@@ -128,6 +128,12 @@ def parse_args():
                f"{family} loss (the backbone's is {loss}): {args.epochs} epochs, "
                f"{args.schedule}, weight decay {args.weight_decay}")
     return args
+
+
+def row_of_defaults(args):
+    """The key of DEFAULTS: the kind of the data set, and of the backbone's loss."""
+    family = "classification" if args.loss in (None, *CLASSIFICATION) else "contrastive"
+    return data.DATASETS[args.dataset]["kind"], family
 
 
 def list_of_backbone(args):
@@ -204,18 +210,20 @@ def learning_rate(base, schedule, t):
 
 
 def choose(heads, pairs, features, labels, args):
-    """The index of the classifier with the best top-1 on the validation features (N, D), and that top-1. Among equals
-    the smallest learning rate wins, then the smallest weight decay."""
+    """The index of the classifier with the best top-1 on the validation features (N, D), that top-1, and the reason in
+    words. Among equals the usual learning rate and weight decay win (DEFAULTS), then the smallest."""
     hits = [(head(features).argmax(1) == labels).sum() for head in heads]
     top1 = [(n / len(labels)).item() for n in hits]
     cells = [f"{100 * x:.1f} (lr {lr:g}, weight decay {decay:g})" for x, (lr, decay) in zip(top1, pairs)]
     ddp.print0(f"top-1 on {args.val}: {', '.join(cells)}")
 
-    best = max(range(len(pairs)), key=lambda m: (top1[m], -pairs[m][0], -pairs[m][1]))
-    best_lrs = {lr for x, (lr, _) in zip(top1, pairs) if x == top1[best]}  # several if they tie
-    if len(args.lr) > 1 and best_lrs in ({min(args.lr)}, {max(args.lr)}):
+    usual = DEFAULTS[row_of_defaults(args)]
+    tied = [m for m, x in enumerate(top1) if x == max(top1)]
+    best = min(tied, key=lambda m: (pairs[m][0] not in usual["lr"], pairs[m][1] not in usual["weight_decay"], pairs[m]))
+    if {pairs[m][0] for m in tied} in ({min(args.lr)}, {max(args.lr)}) and len(args.lr) > 1:
         ddp.print0(f"lr {pairs[best][0]:g} is an end of the grid; one beyond it may do better")
-    return best, top1[best]
+    tie = f", a tie of {len(tied)}" if len(tied) > 1 else ""
+    return best, top1[best], f"chosen on {args.val}{tie}"
 
 
 def save_results(args, header, classifier, chosen, val_top1):
@@ -238,6 +246,7 @@ def save_results(args, header, classifier, chosen, val_top1):
         "counts": counts.tolist(), "counts_of": counts_of,
         "list_sha256": checkpoint.sha256(data.find_list(args.data, counts_of)),
         "name": backbone.parent.name if backbone.name == "backbone.pt" else backbone.stem,
+        "seed": checkpoint.settings_of(args.backbone).get("seed", args.seed),
         "chosen": chosen, "val_top1": val_top1,
         "protocol": f"{protocol}: {args.classifier} on {args.list}, {args.sampler} sampling, "
                     f"{args.epochs} epochs",
@@ -266,6 +275,7 @@ def main():
     # one classifier per pair; if there are several, only images that nothing was trained on may choose
     pairs = list(itertools.product(args.lr, args.weight_decay))           # M of them
     val = val_images(args, backbone_list, C) if len(pairs) > 1 else None
+    ddp.print0(f"classifiers side by side: {len(pairs)}, on {device.type}")
 
     # resume, or begin
     header = checkpoint.header(args, backbone_list=backbone_list,
@@ -353,15 +363,14 @@ def main():
     # choose among the classifiers
     best, val_top1, reason = 0, None, "given"
     if val:
-        best, val_top1 = choose(heads, pairs, features_of(val), val.labels.to(device), args)
-        reason = f"chosen on {args.val}"
+        best, val_top1, reason = choose(heads, pairs, features_of(val), val.labels.to(device), args)
     lr, decay = pairs[best]
     if not heads[best].weight.isfinite().all():
         sys.exit(f"error: the classifier is not finite with learning rate {lr:g}; try a smaller --lr")
     if ddp.rank() == 0:
-        log({"step": args.epochs * steps, "lr": lr, "weight_decay": decay, "val_top1": val_top1})
         chosen = f"lr {lr:g}, weight decay {decay:g} {reason}"
         save_results(args, header, heads[best], chosen, val_top1)
+        log({"step": args.epochs * steps, "lr": lr, "weight_decay": decay, "val_top1": val_top1})
 
 
 if __name__ == "__main__":

@@ -258,7 +258,10 @@ def measure(task, runs, file, smoke, commit):
 
     text = ""
     for name, its in commands.items():
-        result = json.loads((out / FILES[name]).read_text())
+        file = out / FILES[name]
+        if cell.name.startswith("tune-"):
+            file = file.with_name(f"on_val_{file.name}")
+        result = json.loads(file.read_text())
         line = {"cell": cell.name, "seed": seed, "classifier": name, "commit": commit,
                 "machine": machine(), "seconds": round(sum(seconds[c] for c in its), 1)}
         line |= {key: result[key] for key in KEPT if key in result}

@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -91,7 +92,8 @@ def test_each_pair_of_lr_and_weight_decay_trains_as_it_would_alone(linear, run, 
         assert written["chosen"] == f"lr {lr:g}, weight decay {weight_decay:g} given" and written["val_top1"] is None
         if (lr, weight_decay) == (log[-1]["lr"], log[-1]["weight_decay"]):
             assert torch.equal(chosen["weight"], alone.weight)
-            assert chosen["chosen"] == f"lr {lr:g}, weight decay {weight_decay:g} chosen on {run / 'val.txt'}"
+            how_chosen = chosen["chosen"].partition(", a tie of")[0]      # after two epochs many are equal
+            assert how_chosen == f"lr {lr:g}, weight decay {weight_decay:g} chosen on {run / 'val.txt'}"
     assert len({tuple(head.weight.flatten().tolist()) for head in together}) == len(pairs)
 
 
@@ -185,6 +187,57 @@ def test_an_end_of_the_grid_is_said_but_not_of_a_tie(linear, capsys, monkeypatch
     assert "lr 1 is an end of the grid; one beyond it may do better" in capsys.readouterr().out
     linear("--features", "cached", "--lr", 1e-8, 1e-9)  # neither learns
     assert "end of the grid" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset, loss, lrs, decays, right, expected", [
+    ("folder", "kcl", train_linear.LR_GRID, [0.0], range(8), (30, 0)),       # all eight are equal: the protocol's own rate
+    ("folder", "ce", train_linear.LR_GRID, [0.0, 5e-4], range(16), (0.1, 5e-4)),
+    ("digits", "cl", train_linear.LR_GRID, [0.0], range(8), (1, 0)),
+    ("folder", "kcl", train_linear.LR_GRID, [0.0], (2, 5, 6), (0.1, 0)),     # it is not among the best: the smallest
+    ("folder", "kcl", train_linear.LR_GRID, [0.0], (3,), (0.3, 0)),          # no tie
+    ("folder", "ce", [1, 0.1], [1e-4, 0.0], (0, 1), (1, 0))])
+def test_a_tie_on_val(dataset, loss, lrs, decays, right, expected, capsys):
+    """Classifiers of which those in `right` say class 1, which is right, and the others 0."""
+    pairs = [(lr, decay) for lr in lrs for decay in decays]
+    heads = [lambda x, m=m: torch.eye(2)[[int(m in right)] * len(x)] for m in range(len(pairs))]
+    args = Namespace(dataset=dataset, loss=loss, lr=lrs, val="val.txt")
+    best, top1, reason = train_linear.choose(heads, pairs, torch.zeros(15, 3), torch.ones(15).long(), args)
+    assert pairs[best] == expected and top1 == 1
+    assert reason == "chosen on val.txt" + (f", a tie of {len(right)}" if len(right) > 1 else "")
+
+
+def test_a_classifier_that_was_given_reaches_tensorboard(linear):
+    """No list has chosen it, so its log ends with val_top1: null."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    head, _, out = linear("--val", "none", "--lr", 0.1, "--tensorboard")
+    assert head["val_top1"] is None and logged(out)[-1]["val_top1"] is None
+    events = accumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("lr/0")] == pytest.approx([0.1, 0.05])
+    assert [e.value for e in events.Scalars("lr")] == pytest.approx([0.1]) and "val_top1" not in events.Tags()["scalars"]
+
+
+def test_the_classifier_is_saved_before_the_last_line_is_logged(linear, tmp_path, monkeypatch):
+    def full(*args):
+        def log(line):
+            assert "val_top1" not in line, "the disk is full"
+        return log
+
+    monkeypatch.setattr(checkpoint, "open_log", full)
+    (tmp_path / "out0").mkdir()
+    with pytest.raises(AssertionError, match="the disk is full"):
+        linear("--lr", 0.1)
+    assert torch.load(tmp_path / "out0/head.pt", weights_only=True)["chosen"] == "lr 0.1, weight decay 0 given"
+
+
+def test_head_knows_the_seed_of_its_backbone(script, digits, run, tmp_path, capsys):
+    """A foreign backbone has none, so the classifier's counts."""
+    (tmp_path / "backbone.pt").symlink_to(run / "backbone.pt")
+    (tmp_path / "log.jsonl").write_text('{"settings": {"seed": 7}}\n')
+    for backbone, seed in ((tmp_path, 7), (run, 3)):
+        script(train_linear, backbone / "backbone.pt", *command(run, digits)[1:], "--lr", 1, "--seed", 3, "--out", tmp_path / str(seed))
+        assert torch.load(tmp_path / f"{seed}/head.pt", weights_only=True)["seed"] == seed
+    assert f"classifiers side by side: 1, on {'cuda' if torch.cuda.is_available() else 'cpu'}" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -723,7 +723,7 @@ def test_two_runs_into_one_folder(small, script, tmp_path):
 
     fork = multiprocessing.get_context("fork")
     started = fork.Event()
-    other = fork.Process(target=first)
+    other = fork.Process(target=first, daemon=True)
     other.start()
     assert started.wait(30)
     settings = ["--loss", "ce", *SETTINGS, *small, "--out", tmp_path / "run"]

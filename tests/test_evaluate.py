@@ -1,8 +1,10 @@
-"""Metrics against closed forms and literal loops; heads together against each alone."""
+"""Metrics against closed forms and literal loops; heads together against each alone; what the table must not hide."""
+import csv
 import json
 import math
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +92,7 @@ def test_nearest_class_mean_against_a_literal_loop():
 def row(seed, top1, **more):
     return {"run": f"digits-lt-kcl-seed{seed}", "protocol": "lt: x", "chosen": f"lr {seed + 1}", "top1": top1, "top5": 1.0,
             "many": top1, "medium": None, "few": 0.1, "balancedness": 0.5, "std": 0.2, "sigma": 0.1, "list": "test.txt",
-            "counts_of": "train_lt.txt", **more}
+            "counts_of": "train_lt.txt", "images_per_class": [100, 100], "class_mean": top1, **more}
 
 
 def test_table_prints_a_dash_for_an_empty_group_and_the_mean_over_seeds(capsys):
@@ -100,12 +102,49 @@ def test_table_prints_a_dash_for_an_empty_group_and_the_mean_over_seeds(capsys):
     assert cells[0][1:10] == ["run", "top-1", "top-5", "many", "medium", "few", "beta", "std", "classifier"]
     assert cells[2][1:10] == ["digits-lt-kcl-seed0", "60.0", "100.0", "60.0", "-", "10.0", "0.500", "20.0", "lt: x, lr 1"]
     assert cells[4][1:6] == ["digits-lt-kcl, 2 seeds", "65.0 +- 7.1", "100.0 +- 0.0", "65.0 +- 7.1", "-"]
-    assert "sigma = 0.1" in lines[-2] and "on test.txt" in lines[-2] and "images in train_lt.txt" in lines[-1]
+    assert "sigma = 0.1" in lines[-3] and "on test.txt" in lines[-3] and "images in train_lt.txt" in lines[-1]
+    assert lines[-2] == "+- is the standard deviation over the seeds."
     evaluate.print_table([row(0, 0.6), row(0, 0.7)])  # two classifiers of one run are no seeds
     assert "seeds" not in capsys.readouterr().out
     evaluate.print_table([row(0, 0.6), row(0, 0.7) | {"list": "val.txt"}])  # of two lists: each row says which
     out = capsys.readouterr().out
     assert "lr 1, on test.txt |" in out and "lr 1, on val.txt |" in out and "accuracies on test.txt, val.txt." in out
+
+
+@pytest.mark.parametrize("runs, means", [  # (name, seed in head.pt) of each row -> names of the lines of means
+    ([("x", 0), ("x", 1)], ["x, 2 seeds"]),                                 # runs/seed0/x and runs/seed1/x
+    ([("x-seed0", 0), ("x-seed1", 1), ("y", 0)], ["x, 2 seeds"]),
+    ([("x-seed0", None), ("x-seed1", None)], ["x, 2 seeds"]),               # of head.pt without a seed
+    ([("x-seed0", 0), ("x-seed1", 0)], []),                                 # --out has another seed than --seed
+    ([("x", 0), ("x", 0), ("x", 1)], []),                                   # two classifiers of seed 0
+    ([("x", 0), ("y", 1)], []), ([("x", 0)], [])])
+def test_the_seed_is_that_of_the_run(runs, means, capsys):
+    evaluate.print_table([row(0, 0.6 + i / 10) | {"run": run, "seed": seed} for i, (run, seed) in enumerate(runs)])
+    cells = [[c.strip() for c in line.split("|")[1:]] for line in capsys.readouterr().out.splitlines() if line[:3] in ("| x", "| y")]
+    assert [line[0] for line in cells] == [run for run, _ in runs] + means
+    assert all(line[1] == "65.0 +- 7.1" for line in cells[len(runs):])
+    if runs == [("x", 0), ("x", 1)]:
+        assert [line[-2] for line in cells] == ["lt: x, lr 1, seed 0", "lt: x, lr 1, seed 1", "lt: x"]
+
+
+def test_table_of_an_uneven_test_list(capsys):
+    evaluate.print_table([row(0, 0.6, class_mean=0.5, images_per_class=[1, 30]), row(1, 0.7, class_mean=0.7)])
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[c.strip() for c in line.split("|")] for line in lines]
+    assert cells[0][2:5] == ["top-1", "class mean", "top-5"] and cells[2][2:4] == ["60.0", "50.0"]
+    assert cells[4][3] == "60.0 +- 14.1" and len({len(line) for line in cells[:5]}) == 1
+    assert any(line.startswith("There are 1 to 100 images per class: top-1 and top-5 are means over images") for line in lines)
+
+
+@pytest.mark.parametrize("paths, names", [
+    (["train/ant/a.jpg", "train/bee/a.jpg"], ["ant", "bee"]),
+    (["train/ant/red/a.jpg", "train/ant/b.jpg", "train/bee/x/a.jpg"], ["ant", "bee/x"]),
+    (["ant/a.jpg", "val/bee/a.jpg"], ["ant", "val/bee"]),
+    (["a.jpg", "b.jpg"], ["0", "1"]), (["all/a.jpg", "all/b.jpg"], ["0", "1"]), (["all/a.jpg", "all/bee/b.jpg"], ["0", "bee"]),
+    (["../x/ant/a.jpg", "../x/bee/a.jpg"], ["ant", "bee"])])
+def test_class_names_are_their_folders(paths, names):
+    labels = torch.tensor([0] * (len(paths) - 1) + [1])
+    assert evaluate.class_names(Namespace(paths=paths, labels=labels)) == names
 
 
 # ---- heads
@@ -220,8 +259,13 @@ def test_a_folder_is_its_head_and_tau_norm_needs_a_joint_head(script, heads, cap
 @pytest.mark.parametrize("flags, sentence", [
     (("--list", "overlap_source/test.txt"), "overlap_source/test.txt must hold all 10 classes of"),
     (("--groups", "overlap_source/train_lt.txt"), "has 10 classes, overlap_source/train_lt.txt has 5; pass the training list"),
-    (("--tau-norm", "--val", "train_lt0.txt"), "are in the training list")])
-def test_bad_input_is_one_sentence(script, heads, flags, sentence):
+    (("--tau-norm", "--val", "train_lt0.txt"), "are in the training list"),
+    (("--names", "A", "B"), "--names names 2 rows, and the table has 1: "),
+    (("--tau-norm", "--names", "A"), "--names names 1 rows, and the table has 2: --tau-norm adds a row to each joint CE head"),
+    (("--tau-norm", "--ncm", "--names", "A", "B"), "--names names 2 rows, and the table has 3: "),
+    (("--tau-norm", "--ncm", "--names", "A", "B", "C", "D"), "--names names 4 rows, and the table has 3: ")])
+def test_bad_input_is_one_sentence(script, heads, flags, sentence, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_backbone", None)  # before the long work
     with pytest.raises(SystemExit) as error:
         script(evaluate, heads[0], *flags, "--workers", 0)
     assert str(error.value).startswith("error: ") and sentence in str(error.value) and "\n" not in str(error.value)
@@ -277,3 +321,102 @@ def test_photographs_are_read_by_as_many_workers_as_there_are_cores(script, head
     for flags in (("digits.pt",), ("photos.pt",), ("photos.pt", "--workers", 1)):
         script(evaluate, tmp_path / flags[0], "--list", test, *flags[1:])
     assert used == [0, 3, 1]
+
+
+def table(printed):
+    """[[cell, ...] of each row]."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")][1:]
+
+
+def test_every_row_has_its_name_and_the_csv_has_the_table(script, heads, tmp_path, capsys):
+    names = ["CE, joint", "tau", "cRT", "NCM"]
+    script(evaluate, heads[1], heads[0], "--tau-norm", "--ncm", "--names", "cRT", "NCM", *names[:2], "--csv", tmp_path / "t.csv",
+           "--workers", 0)
+    assert [line[0] for line in table(capsys.readouterr().out)] == ["cRT", "NCM", "CE, joint", "tau"]
+    with open(tmp_path / "t.csv", newline="") as f:
+        lines = list(csv.DictReader(f))
+    files = [(heads[1], "eval.json"), (heads[1], "eval_ncm.json"), (heads[0], "eval.json"), (heads[0], "eval_tau_norm.json")]
+    for line, (head, file) in zip(lines, files, strict=True):
+        saved = json.loads(head.with_name(file).read_text())
+        assert saved["classes"] == [str(c) for c in range(10)]
+        numbers = {key: x for key, x in saved.items() if isinstance(x, float)}
+        assert {key: float(line[key]) for key in numbers} == numbers and {"top1", "balancedness", "sigma"} <= set(numbers)
+        assert (line["protocol"], line["head"], line["few"]) == (saved["protocol"], str(head), str(saved["few"] or ""))
+    assert [line["name"] for line in lines] == ["cRT", "NCM", "CE, joint", "tau"]
+
+
+@pytest.mark.parametrize("name", ["val.txt", "sub/eval.txt"])
+def test_another_list_leaves_the_numbers_of_the_test_list(script, heads, name):
+    script(evaluate, heads[0], "--tau-norm", "--workers", 0)
+    before = written(heads[:1])
+    assert {file for _, file in before} >= {"eval.json", "eval_tau_norm.json"}
+    root = heads[0].parent.parent
+    other = root / name
+    other.parent.mkdir(exist_ok=True)
+    other.write_text((root / "val.txt").read_text())
+    script(evaluate, heads[0], "--tau-norm", "--list", other, "--workers", 0)
+    assert written(heads[:1]) == before
+    found = {file.name: json.loads(file.read_text()) for file in heads[0].parent.glob("on_*.json")}
+    assert {f"on_{other.stem}_eval.json", f"on_{other.stem}_eval_tau_norm.json"} <= set(found)
+    assert found[f"on_{other.stem}_eval.json"]["list"] == str(other)
+    script(evaluate, heads[0], "--list", root / "test.txt", "--workers", 0)  # the default, by name
+    assert json.loads(heads[0].with_name("eval.json").read_text())["list"] == str(root / "test.txt")
+
+
+def test_groups_change_the_groups_alone(script, heads):
+    """And not the class means of --ncm."""
+    script(evaluate, heads[0], "--ncm", "--workers", 0)
+    before = written(heads[:1])
+    script(evaluate, heads[0], "--ncm", "--groups", "train_lt.txt", "--workers", 0)
+    after = written(heads[:1])
+    for key in ((heads[0], "eval.json"), (heads[0], "eval_ncm.json")):
+        moved = {name for name, x in after[key].items() if x != before[key][name]}
+        assert {"counts", "counts_of"} <= moved <= {"counts", "counts_of", "many", "medium", "few"}
+        assert after[key]["many"] is not None and before[key]["many"] is None and after[key]["counts_of"] == "train_lt.txt"
+    assert after[key]["protocol"] == f"NCM on {heads[0].parent.parent / 'lt.txt'}"
+
+
+@pytest.mark.parametrize("val", ["none", "nowhere.txt"])
+def test_without_a_validation_list_there_is_no_tau_but_all_other_rows(script, heads, monkeypatch, capsys, val):
+    monkeypatch.setitem(data.DATASETS, "digits", {**data.DATASETS["digits"], "val": val})
+    script(evaluate, *heads[:2], "--tau-norm", "--ncm", "--names", "A", "B", "C", "--workers", 0)
+    printed = capsys.readouterr().out
+    assert f"{heads[0]}: no tau-norm, since there is no validation list to choose tau; pass --val" in printed
+    assert [line[0] for line in table(printed)] == ["A", "B", "C"] and "none was given" not in printed
+
+
+@pytest.mark.parametrize("val, said", [("test.txt", True), ("copy.txt", True), ("val.txt", False)])
+def test_tau_that_the_test_list_has_chosen(script, heads, capsys, val, said):
+    root = heads[0].parent.parent
+    shutil.copy(root / "test.txt", root / "copy.txt")
+    script(evaluate, heads[0], "--tau-norm", "--val", root / val, "--workers", 0)
+    joint, tau = table(capsys.readouterr().out)
+    assert ("whose images are scored here" in tau[-1]) == said and f"chosen on {root / val}" in tau[-1]
+    assert "scored" not in joint[-1]
+
+
+def test_an_uneven_test_list_is_scored_by_images_and_by_classes(script, heads, tmp_path, capsys):
+    root = heads[0].parent.parent
+    lines = (root / "test.txt").read_text().splitlines(keepends=True)
+    kept = [line for c in range(10) for line in [x for x in lines if x.endswith(f" {c}\n")][:1 + 4 * c]]
+    (root / "uneven.txt").write_text("".join(kept))
+    script(evaluate, heads[0], "--list", root / "uneven.txt", "--workers", 0)
+    (cells,), saved = table(capsys.readouterr().out), json.loads(heads[0].with_name("on_uneven_eval.json").read_text())
+    n = np.array([1 + 4 * c for c in range(10)])
+    assert saved["images_per_class"] == [1, 37] and saved["images"] == n.sum()
+    assert saved["class_mean"] == pytest.approx(np.mean(saved["per_class"]))
+    assert saved["top1"] == pytest.approx((n * saved["per_class"]).sum() / n.sum())
+    assert cells[1:3] == [f"{100 * saved['top1']:.1f}", f"{100 * saved['class_mean']:.1f}"] and cells[1] != cells[2]
+
+
+def test_sigma_and_a_bias_reach_the_numbers(script, heads, tmp_path):
+    """tau-norm is without the bias, which is so large here that the joint head only knows class 3."""
+    shutil.copy(heads[0].with_name("backbone.pt"), tmp_path)
+    head = torch.load(heads[0], weights_only=True)
+    torch.save({**head, "bias": 1e6 * (torch.arange(10) == 3)}, tmp_path / "head.pt")
+    script(evaluate, tmp_path / "head.pt", "--tau-norm", "--sigma", 0.02, "--workers", 0)
+    joint, tau = (json.loads((tmp_path / name).read_text()) for name in ("eval.json", "eval_tau_norm.json"))
+    assert joint["per_class"] == [float(c == 3) for c in range(10)] and joint["top1"] == 0.1
+    assert tau["per_class"] != joint["per_class"]
+    for saved in (joint, tau):
+        assert saved["sigma"] == 0.02 and saved["balancedness"] == balancedness(saved["per_class"], 0.02)

@@ -55,11 +55,11 @@ def header(args, **more):
 
 
 def in_use(out):
-    """Whether another process trains into `out`. If not, this one does until it ends, be it killed."""
+    """Whether another process trains into `out`. If none does, this one claims it until it ends or is killed."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
-        fcntl.lockf(os.open(out / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(os.open(out / ".lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except (ImportError, OSError):  # Windows, or a file system without locks
@@ -78,7 +78,7 @@ def resume(out, settings, finished, restart=False):
 
     # Ranks on several machines must agree: one that resumes would wait for one that starts over
     found = None if restart else (first_line, ckpt.exists(), (out / finished).exists())
-    hashes = {name: x for name, x in settings.items() if name.endswith("_sha256")}
+    hashes = {name[:-7]: x for name, x in settings.items() if name.endswith("_sha256")}
     busy = ddp.rank() == 0 and in_use(out)
     all_found, all_hashes, busy = zip(*ddp.of_all_ranks((found, hashes, busy)))
     if busy[0]:
@@ -86,7 +86,7 @@ def resume(out, settings, finished, restart=False):
     if any(other != found for other in all_found):
         sys.exit(f"error: the ranks do not find the same in {out}; every machine must see --out")
     if any(other != hashes for other in all_hashes):
-        sys.exit(f"error: the ranks read different files ({', '.join(hashes)}); every machine needs the same")
+        sys.exit(f"error: the {' or '.join(hashes)} of another rank differs; every machine needs the same")
 
     if restart and ddp.rank() == 0:
         for name in (finished, "ckpt.pt", "head.pt", "log.jsonl", "eval*.json"):
@@ -146,7 +146,7 @@ def open_log(out, header, step=None, tensorboard=False):
         for name, x in line.items() if tensorboard else ():
             numbers = {f"{name}/{i}": n for i, n in enumerate(x)} if isinstance(x, list) else {name: x}
             for tag, number in numbers.items():
-                if number is not None:                                    # without a val list there is no val_top1
+                if number is not None:  # val_top1, if no list has chosen
                     writer.add_scalar(tag, number, line["step"])
     return log
 

@@ -481,7 +481,7 @@ def encode_all(encode, dataset, D, batch, workers, device):
     """Features (N, D) of all images of a list. Each rank encodes its share and holds all rows: 115,846 x 2048 x 4 B =
     0.95 GB for ImageNet-LT with a ResNet-50."""
     if any(paths != dataset.paths for paths in ddp.of_all_ranks(dataset.paths)):
-        sys.exit(f"error: {dataset.name} is not the same list on all ranks; every machine needs the same")
+        sys.exit(f"error: {dataset.name} of another rank differs; every machine needs the same")
     features = torch.zeros(len(dataset), D, device=device)
     bar = tqdm(eval_loader(dataset, batch, workers), f"features of {dataset.name}", leave=False,
                disable=ddp.rank() > 0 or None)

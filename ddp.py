@@ -31,8 +31,8 @@ def init():
     """Start the process group. Returns this rank's device: a GPU of its own, or the CPU if the machine has none."""
     gpus, ranks_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if 0 < gpus < ranks_here:
-        sys.exit(f"error: {ranks_here} processes for {gpus} GPUs; use --nproc_per_node={gpus}, or train on the CPU "
-                 "with CUDA_VISIBLE_DEVICES= before the command")
+        sys.exit(f"error: {ranks_here} processes for {gpus} GPUs; use --nproc_per_node={gpus}, or "
+                 "CUDA_VISIBLE_DEVICES= before the command, which then runs on the CPU")
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -122,8 +122,8 @@ def run(main):
     try:
         main()
     except BaseException as error:
-        # One of several ranks says why it ends, and ends at once. To leave the group it would wait for the others
-        # (NCCL), which wait for it; torchrun ends them.
+        # One of several ranks says why it ends, and ends at once: to leave the group it would wait
+        # for the others (NCCL), which wait for it. torchrun ends them.
         stopped = isinstance(error, SystemExit)
         if world() > 1 and not (stopped and not error.code):
             print(error.code if stopped else traceback.format_exc(), file=sys.stderr, flush=True)

@@ -118,7 +118,7 @@ def load_head(path, root=None, groups=None):
     head["backbone"] = (path.parent / head["backbone"]).resolve()
     head["data"] = root or head["data"]
 
-    head["trained_on"] = head["counts_of"]
+    head["trained_on"] = head["counts_of"]  # the class means of --ncm come from it
     if groups:
         head["counts"] = data.read_list(head["data"], groups)[1].bincount().tolist()
         head["counts_of"] = groups
@@ -140,13 +140,12 @@ def images_of(head, name):
 
 def class_names(images):
     """Of each class the folder of its images, below the folder that all images share; or its label."""
-    folders = {}
+    folders, names = {}, []
     for path, label in zip(images.paths, images.labels.tolist()):
         folders.setdefault(label, set()).add(os.path.dirname(path))
-    shared = os.path.commonpath(set().union(*folders.values()))
-    names = []
+    shared = os.path.commonpath(set().union(*folders.values())) or "."
     for label in sorted(folders):
-        name = os.path.relpath(os.path.commonpath(folders[label]) or ".", shared or ".")
+        name = os.path.relpath(os.path.commonpath(folders[label]) or ".", shared)
         names.append(name if name != "." else str(label))
     return names
 
@@ -218,7 +217,7 @@ def over_seeds(rows):
         seeds = {row["run"] if row.get("seed") is None else row["seed"] for row in group}
         if len(seeds) == len(group):
             groups.append((run, protocol, group))
-        else:                                                             # two classifiers of one run are no seeds
+        else:  # several classifiers of one seed
             groups += [(row["run"], protocol, [row]) for row in group]
     return groups
 
@@ -250,7 +249,7 @@ def print_table(rows, names=None):
         notes = [row["protocol"], row["chosen"]]
         if len(tests) > 1:
             notes.append(f"on {row['list']}")
-        if any(row["run"] == other["run"] and row.get("seed") != other.get("seed") for other in rows):
+        if len({other.get("seed") for other in rows if other["run"] == row["run"]}) > 1:
             notes.append(f"seed {row['seed']}")
         lines.append((name, ", ".join(filter(None, notes)), [row]))
     means = [(f"{run}, {len(group)} seeds", protocol, group)
@@ -260,15 +259,15 @@ def print_table(rows, names=None):
     print(f"| {'run':<{width}} | {' | '.join(f'{x:>7}' for x in columns)} | classifier |")
     print("|---" * (len(columns) + 2) + "|")
     for name, classifier, group in lines + means:
-        cells = " | ".join(f"{cell(group, column):>{max(7, len(title))}}" for title, column in columns.items())
-        print(f"| {name:<{width}} | {cells} | {classifier} |")
+        cells = [f"{cell(group, column):>{max(7, len(x))}}" for x, column in columns.items()]
+        print(f"| {name:<{width}} | {' | '.join(cells)} | {classifier} |")
 
     class_lists = sorted({row["counts_of"] for row in rows})
     print(f"In percent, except for beta: balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). "
           f"Beta and std are of the class accuracies on {', '.join(tests)}.")
     if uneven:
-        print(f"There are {fewest.min()} to {most.max()} images per class: top-1 and top-5 are means over images, "
-              "all others over classes, and a class of few images makes beta and std noisy.")
+        print(f"There are {fewest.min()} to {most.max()} images per class: top-1 and top-5 count images, "
+              "all others classes, and a class of few images makes beta and std noisy.")
     if means:
         print("+- is the standard deviation over the seeds.")
     print("many / medium / few: mean over the classes with > 100 / 20 to 100 / < 20 images in "
@@ -315,7 +314,7 @@ def main():
                 head["val"] = images_of(head, val)
                 data.refuse_overlap(head["data"], head["list"], val)
             else:
-                ddp.print0(f"{head['path']}: no tau-norm, since there is no validation list to choose tau; pass --val")
+                ddp.print0(f"{head['path']}: no tau-norm, since no list can choose tau; pass --val")
         key = head["backbone"], head["dataset"], head["data"]
         of_backbone.setdefault(key, []).append(head)
     if args.tau_norm and not any(head["protocol"].startswith("joint CE") for head in heads):
@@ -323,8 +322,8 @@ def main():
                    "none was given")
     num_rows = len(heads) + sum("val" in head for head in heads) + args.ncm * len(of_backbone)
     if args.names and len(args.names) != num_rows:
-        sys.exit(f"error: --names names {len(args.names)} rows, and the table has {num_rows}: --tau-norm adds a row "
-                 "to each joint CE head, --ncm one to each backbone")
+        sys.exit(f"error: --names names {len(args.names)} rows, the table has {num_rows}: --tau-norm "
+                 "adds one to each joint CE head, --ncm one to each backbone")
 
     # backbone by backbone; the table has the order of the command line
     rows = []
@@ -336,11 +335,11 @@ def main():
         names = args.names or [row["run"] for row in rows]
         print_table(rows, names)
         if args.csv:
-            columns = ["name", *(key for key, x in rows[0].items() if not isinstance(x, list))]
+            columns = [key for key, x in rows[0].items() if not isinstance(x, list)]
             with open(args.csv, "w", newline="", encoding="utf-8") as f:
-                table = csv.DictWriter(f, columns, extrasaction="ignore")
-                table.writeheader()
-                table.writerows({"name": name, **row} for name, row in zip(names, rows))
+                table = csv.writer(f)
+                table.writerow(["name", *columns])
+                table.writerows([name, *map(row.get, columns)] for name, row in zip(names, rows))
 
 
 if __name__ == "__main__":

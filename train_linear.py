@@ -211,7 +211,7 @@ def learning_rate(base, schedule, t):
 
 def choose(heads, pairs, features, labels, args):
     """The index of the classifier with the best top-1 on the validation features (N, D), that top-1, and the reason in
-    words. Among equals the usual learning rate and weight decay win (DEFAULTS), then the smallest."""
+    words. Among equals the usual learning rate wins (DEFAULTS), then the smallest, then the smallest weight decay."""
     hits = [(head(features).argmax(1) == labels).sum() for head in heads]
     top1 = [(n / len(labels)).item() for n in hits]
     cells = [f"{100 * x:.1f} (lr {lr:g}, weight decay {decay:g})" for x, (lr, decay) in zip(top1, pairs)]
@@ -219,7 +219,7 @@ def choose(heads, pairs, features, labels, args):
 
     usual = DEFAULTS[row_of_defaults(args)]
     tied = [m for m, x in enumerate(top1) if x == max(top1)]
-    best = min(tied, key=lambda m: (pairs[m][0] not in usual["lr"], pairs[m][1] not in usual["weight_decay"], pairs[m]))
+    best = min(tied, key=lambda m: (pairs[m][0] not in usual["lr"], pairs[m]))
     if {pairs[m][0] for m in tied} in ({min(args.lr)}, {max(args.lr)}) and len(args.lr) > 1:
         ddp.print0(f"lr {pairs[best][0]:g} is an end of the grid; one beyond it may do better")
     tie = f", a tie of {len(tied)}" if len(tied) > 1 else ""

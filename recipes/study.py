@@ -258,10 +258,10 @@ def measure(task, runs, file, smoke, commit):
 
     text = ""
     for name, its in commands.items():
-        file = out / FILES[name]
+        scored = out / FILES[name]
         if cell.name.startswith("tune-"):
-            file = file.with_name(f"on_val_{file.name}")
-        result = json.loads(file.read_text())
+            scored = scored.with_name(f"on_val_{scored.name}")
+        result = json.loads(scored.read_text())
         line = {"cell": cell.name, "seed": seed, "classifier": name, "commit": commit,
                 "machine": machine(), "seconds": round(sum(seconds[c] for c in its), 1)}
         line |= {key: result[key] for key in KEPT if key in result}

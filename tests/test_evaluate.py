@@ -133,7 +133,7 @@ def test_table_of_an_uneven_test_list(capsys):
     cells = [[c.strip() for c in line.split("|")] for line in lines]
     assert cells[0][2:5] == ["top-1", "class mean", "top-5"] and cells[2][2:4] == ["60.0", "50.0"]
     assert cells[4][3] == "60.0 +- 14.1" and len({len(line) for line in cells[:5]}) == 1
-    assert any(line.startswith("There are 1 to 100 images per class: top-1 and top-5 are means over images") for line in lines)
+    assert any(line.startswith("There are 1 to 100 images per class: top-1 and top-5 count images, all others classes") for line in lines)
 
 
 @pytest.mark.parametrize("paths, names", [
@@ -260,10 +260,10 @@ def test_a_folder_is_its_head_and_tau_norm_needs_a_joint_head(script, heads, cap
     (("--list", "overlap_source/test.txt"), "overlap_source/test.txt must hold all 10 classes of"),
     (("--groups", "overlap_source/train_lt.txt"), "has 10 classes, overlap_source/train_lt.txt has 5; pass the training list"),
     (("--tau-norm", "--val", "train_lt0.txt"), "are in the training list"),
-    (("--names", "A", "B"), "--names names 2 rows, and the table has 1: "),
-    (("--tau-norm", "--names", "A"), "--names names 1 rows, and the table has 2: --tau-norm adds a row to each joint CE head"),
-    (("--tau-norm", "--ncm", "--names", "A", "B"), "--names names 2 rows, and the table has 3: "),
-    (("--tau-norm", "--ncm", "--names", "A", "B", "C", "D"), "--names names 4 rows, and the table has 3: ")])
+    (("--names", "A", "B"), "--names names 2 rows, the table has 1: "),
+    (("--tau-norm", "--names", "A"), "--names names 1 rows, the table has 2: --tau-norm adds one to each joint CE head"),
+    (("--tau-norm", "--ncm", "--names", "A", "B"), "--names names 2 rows, the table has 3: "),
+    (("--tau-norm", "--ncm", "--names", "A", "B", "C", "D"), "--names names 4 rows, the table has 3: ")])
 def test_bad_input_is_one_sentence(script, heads, flags, sentence, monkeypatch):
     monkeypatch.setattr(evaluate, "load_backbone", None)  # before the long work
     with pytest.raises(SystemExit) as error:
@@ -381,7 +381,7 @@ def test_without_a_validation_list_there_is_no_tau_but_all_other_rows(script, he
     monkeypatch.setitem(data.DATASETS, "digits", {**data.DATASETS["digits"], "val": val})
     script(evaluate, *heads[:2], "--tau-norm", "--ncm", "--names", "A", "B", "C", "--workers", 0)
     printed = capsys.readouterr().out
-    assert f"{heads[0]}: no tau-norm, since there is no validation list to choose tau; pass --val" in printed
+    assert f"{heads[0]}: no tau-norm, since no list can choose tau; pass --val" in printed
     assert [line[0] for line in table(printed)] == ["A", "B", "C"] and "none was given" not in printed
 
 

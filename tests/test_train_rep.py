@@ -670,7 +670,7 @@ MACHINES = [  # what lies in --out on two machines, the hash of their training l
     (({}, {"log.jsonl": LOG, "ckpt.pt": ""}), "aa", False, "every machine must see --out"),
     (({"log.jsonl": LOG}, {"log.jsonl": LOG.replace("9:00", "8:00")}), "aa", False, "every machine must see --out"),
     (({"log.jsonl": LOG, "end": ""}, {"log.jsonl": LOG, "ckpt.pt": ""}), "aa", False, "every machine must see --out"),
-    (({"log.jsonl": LOG}, {"log.jsonl": LOG}), "ab", False, "the ranks read different files .list_sha256.; every machine needs"),
+    (({"log.jsonl": LOG}, {"log.jsonl": LOG}), "ab", False, "error: the list of another rank differs; every machine needs the same"),
     (({"log.jsonl": LOG, "ckpt.pt": ""}, {}), "aa", True, "anew"), (({}, {}), "aa", False, "anew"),
     (({"log.jsonl": LOG, "end": ""},) * 2, "aa", False, "is finished already; --restart trains it again"),
     (({"log.jsonl": LOG.replace("1", "2")},) * 2, "aa", False, "error: .* holds a run with other settings .lr: 2 there, 1 here"),
@@ -697,7 +697,7 @@ def test_machines_that_find_different_files_do_not_wait_for_each_other(ranks, tm
             ranks(2, "two_ranks", seconds=15)
     else:
         assert re.search(printed, ranks(2, "two_ranks", seconds=15))
-    assert not restart or os.listdir(tmp_path / "0/run") == ["lock"]
+    assert not restart or os.listdir(tmp_path / "0/run") == [".lock"]
 
 
 def test_machines_that_encode_different_lists(ranks, monkeypatch, small):
@@ -709,7 +709,7 @@ def test_machines_that_encode_different_lists(ranks, monkeypatch, small):
         data.encode_all(lambda x: x.float().mean((2, 3)), images, 3, 10, 0, torch.device("cpu"))
 
     monkeypatch.setattr(two_ranks, "main", main)
-    with pytest.raises(AssertionError, match="error: .*small.txt is not the same list on all ranks"):
+    with pytest.raises(AssertionError, match="error: .*small.txt of another rank differs; every machine needs the same"):
         ranks(2, "two_ranks", seconds=15)
 
 

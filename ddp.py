@@ -1,18 +1,22 @@
 """
 The process group: `python x.py` is a group of one process, `torchrun --nproc_per_node=N x.py` one of N ranks.
 
-What one process does differently from eight, in train_rep.py with a batch of 256 photographs. Digits and CIFAR do not
-take their batch in parts: on one process BatchNorm sees the whole of it, on eight an eighth.
+What one process does differently from eight, in train_rep.py with a batch of 256 photographs: it splits the batch into
+8 parts of 32 (--virtual-gpus 8), since BatchNorm makes training depend on how many images it sees. --batch and --lr are
+those of all processes together, and rank 0 writes the files.
 
                 one process                                 eight processes
     data        all draws of an epoch                       every eighth draw of the same epoch
-    seeds       per step and part: seed, step, part         per step and rank: the same numbers
+    seeds       per step and part                           per step and rank: the same numbers
     BatchNorm   8 parts of 32 images, one after another     32 images per rank
-    statistics  running ones are those of the first part    of rank 0, whose images are the same
+    statistics  running ones are updated by the first part  those of rank 0, which has the same images, are saved
     shuffle     of the keys' images over the 8 parts        over the ranks, which exchange uint8 images
     gather      returns what it is given                    the keys and labels of all ranks, in rank order
-    gradients   the parts add up; there is no DDP           DDP averages the ranks'
-    run name    none of the two says how many               (digits, CIFAR: -8ranks, since it is another training)
+    gradients   averaged over the parts, without DDP        DDP averages them over the ranks
+    run name    the same                                    the same
+
+Digits, CIFAR and the losses that need the whole batch (--loss supcon, kcl-batch, bbn) are not split: on one process
+BatchNorm sees all images, on eight an eighth of them. That is another training, so its run name ends in -8ranks.
 """
 import atexit
 import ctypes
@@ -24,7 +28,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-atexit.register(gc.freeze)  # Python's last look at every object of torch would take 1.4 s of each command
+atexit.register(gc.freeze)  # no garbage collection at exit, which takes 1.4 s of each command
 
 
 def init():
@@ -77,13 +81,13 @@ def of_all_ranks(x):
 
 
 def wrap(module):
-    """DistributedDataParallel around what gets gradients, if there are several ranks. BatchNorm's buffers stay each
-    rank's own, as on the authors' 8 GPUs x 32 images; rank 0's are saved."""
+    """DistributedDataParallel around a module that gets gradients, if there are several ranks. Each rank keeps its own
+    BatchNorm statistics, as on the authors' 8 GPUs x 32 images; rank 0's are saved."""
     if world() == 1:
         return module
     # gradients are views of DDP's buckets, or it would copy each of them twice per step
     net = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    net.broadcast_buffers = False  # the constructor's argument has another name in each generation of torch
+    net.broadcast_buffers = False  # the constructor's argument was renamed in torch 2.14
     return net
 
 
@@ -99,7 +103,7 @@ def gather(x):
 
 @torch.no_grad()
 def exchange(x, owner, place):
-    """All-to-all: row n of the result is row place[r, n] of rank owner[r, n]'s x, on each rank r.
+    """All-to-all: rank r receives, as row n, the row x[place[r, n]] of rank owner[r, n].
 
     x (b, ...); owner, place (world, n) int64 on the CPU, the same on all ranks. Returns (n, ...).
     """

@@ -37,7 +37,7 @@ def same_list(trained):
     """Exit if the list of a run (its settings) or of a classifier (its head.pt) has changed since the training: the
     data folder was rebuilt under the same name, and training images may silently have become test images."""
     name = trained.get("counts_of", trained["list"])
-    files = [file for file in (Path(name), Path(trained["data"]) / name) if file.is_file()]
+    files = [file for file in (Path(trained["data"]) / name, Path(name)) if file.is_file()]
     if files and sha256(files[0]) != trained["list_sha256"]:
         sys.exit(f"error: {files[0]} is another list than the one that was trained on; train again")
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import os
+import posixpath
 import sys
 from pathlib import Path
 
@@ -53,7 +54,10 @@ DATASETS = {
         root="data/cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
     "cifar100": CIFAR | dict(
         root="data/cifar100", mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
-    "folder": PHOTOS,  # any folder of class folders
+    "folder": PHOTOS,  # any folder of class folders; if its images have at most 32 or 64 px:
+    "small": CIFAR | dict(root=None, val="val.txt", mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    "small64": CIFAR | dict(
+        root=None, val="val.txt", pixels=64, resize=64, mean=IMAGENET_MEAN, std=IMAGENET_STD),
 }
 
 
@@ -66,32 +70,42 @@ def workers_per_rank():
 # ---- list files
 
 def find_list(root, name):
-    """The path of the list file `name`, looked up as given, then below root."""
-    for file in (Path(name), Path(root) / name):
-        if file.is_file():
-            return file
-    sys.exit(f"error: {name}: no such list file, neither here nor in {root}; make_lt.py writes lists")
+    """The path of the list file `name`: below root if it is there, so that no stray file hides it, or else as given."""
+    file = Path(root) / name
+    return file if file.is_file() else Path(name)
 
 
 def read_list(root, name):
     """Paths (str, below root) and labels (N,) int64 of a list file. The published lists have lines like
-    `train/n01440764/x.JPEG 0` or `/n01440764/x.JPEG 0`; the latter means root/train."""
+    `train/n01440764/x.JPEG 0` or `/n01440764/x.JPEG 0`; the latter means root/train. However a list spells the path of
+    an image, it is returned in one form, so that lists can be compared."""
     file = find_list(root, name)
+    if not file.is_file():
+        sys.exit(f"error: {name}: no such list file, neither in {root} nor here; make_lt.py writes lists")
+    # without the mark that Windows puts first; a file name in another encoding keeps its bytes
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     paths, labels = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         path, _, label = line.strip().rpartition(" ")
+        if not label:  # a blank line
+            continue
         if not path or not label.isdecimal():
             sys.exit(f"error: {file}, line {number}: expected `relative/path label`, got `{line}`")
-        paths.append("train" + path if path.startswith("/") else path)
+        path = "train" + path if path.startswith("/") else path
+        path = posixpath.normpath(path.rstrip().replace("\\", "/"))
+        if path.startswith("../"):  # it may lead into root again
+            path = Path(os.path.relpath(Path(root, path), root)).as_posix()
+        paths.append(path)
         labels.append(int(label))
+    if not paths:
+        sys.exit(f"error: {file} is empty; make_lt.py writes lists")
     return paths, torch.tensor(labels)
 
 
 def beside(root, list_name, name):
     """The list `name` in the folder of list_name, if there is one: a half of the classes has its own lists."""
-    sibling = (Path(list_name).parent / name).as_posix()
-    if Path(sibling).is_file() or (Path(root) / sibling).is_file():
-        return sibling
+    if (find_list(root, list_name).parent / name).is_file():
+        return (Path(list_name).parent / name).as_posix()
     return name
 
 
@@ -101,6 +115,43 @@ def refuse_overlap(root, train, val):
     if shared:
         sys.exit(f"error: {len(shared)} images of the validation list {val} are in the training list {train} "
                  f"too (first: {min(shared)}); take them out of one of the two")
+
+
+def class_names(root, name):
+    """{label: class folder} of a list: of the first level of folders that go one to one with the labels, as in
+    train/<class>/x.jpg. {} if none does."""
+    paths, labels = read_list(root, name)
+    folders = [path.split("/")[:-1] for path in paths]
+    for level in range(min(map(len, folders))):
+        pairs = {(c, above[level]) for c, above in zip(labels.tolist(), folders)}
+        if len(pairs) == len(dict(pairs)) == len({folder for _, folder in pairs}):
+            return dict(sorted(pairs))
+    return {}
+
+
+def refuse_other_classes(trained, root, name):
+    """Exit if a list numbers the classes differently than the training list, whose class_names are `trained`."""
+    names = class_names(root, name)
+    shared = set(names.values()) & set(trained.values())
+    for c in names.keys() & trained.keys():
+        if shared and names[c] != trained[c]:
+            sys.exit(f"error: label {c} is class {names[c]} in {name}, but {trained[c]} in the training list; "
+                     "number the classes of the two alike")
+    if names and trained and not shared:
+        ddp.print0(f"no class folder of {name} is one of the training list, so their labels cannot be compared")
+
+
+def small_dataset(root, paths):
+    """The entry of DATASETS for small images, by the median of a hundred longer sides; None for photographs."""
+    sides = []
+    for path in paths[::max(1, len(paths) // 100)]:
+        with contextlib.suppress(Exception), Image.open(Path(root, path)) as image:
+            sides.append(max(image.size))                                 # of a broken image training will speak
+    for name in ("small", "small64"):
+        if sides and np.median(sides) <= DATASETS[name]["pixels"]:
+            ddp.print0(f"images of {np.median(sides):.0f} px: the data set is {name}, with {DATASETS[name]['pixels']} "
+                       "px and CIFAR's settings")
+            return name
 
 
 def groups(counts):
@@ -177,8 +228,6 @@ class ImageList(Dataset):
 
 def center(pixels, resize):
     """The transform of evaluation, uint8 (3, H, W) -> uint8 (3, pixels, pixels)."""
-    if resize == pixels:
-        return T.Identity()
     return T.Compose([T.Resize(resize), T.CenterCrop(pixels)])
 
 
@@ -367,10 +416,11 @@ class Draws(Sampler):
         if batch % ddp.world():
             sys.exit(f"error: --batch {batch} is that of all ranks and must divide by their number, "
                      f"{ddp.world()}")
-        if kind != "instance" and not self.counts.all():
-            empty = int((self.counts == 0).nonzero()[0])
-            sys.exit(f"error: {kind} sampling draws from every class, but class {empty} has no image in the "
-                     "training list; use --sampler instance, or renumber the labels")
+        if not self.counts.all():
+            empty = int(self.counts.argmin())
+            why = ": do the labels begin at 1?" if empty == 0 else ""
+            sys.exit(f"error: class {empty} has no image in the training list{why}; number the classes from 0 "
+                     "without a gap, and pass that list as --list")
 
     def set_epoch(self, epoch):
         self.epoch = epoch

@@ -114,6 +114,9 @@ def load_head(path, root=None, groups=None):
     head = checkpoint.read_head(path)
     if root is None:
         checkpoint.same_list(head)
+    if "class_names" not in head:  # an older head.pt, whose list may be gone
+        exists = data.find_list(head["data"], head["list"]).is_file()
+        head["class_names"] = data.class_names(head["data"], head["list"]) if exists else {}
     head["path"] = path
     head["backbone"] = (path.parent / head["backbone"]).resolve()
     head["data"] = root or head["data"]
@@ -125,6 +128,8 @@ def load_head(path, root=None, groups=None):
     if len(head["counts"]) != len(head["weight"]):
         sys.exit(f"error: {path} has {len(head['weight'])} classes, {head['counts_of']} has "
                  f"{len(head['counts'])}; pass the training list of these classes with --groups")
+    if groups:
+        data.refuse_other_classes(head["class_names"], head["data"], groups)
     return head
 
 
@@ -135,6 +140,7 @@ def images_of(head, name):
     if len(n) != C or not n.all():
         sys.exit(f"error: {name} must hold all {C} classes of {head['path']}, and no other; its "
                  f"labels go up to {len(n) - 1}, and class {n.argmin()} has {n.min()} images")
+    data.refuse_other_classes(head["class_names"], head["data"], name)
     return dataset
 
 

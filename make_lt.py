@@ -15,9 +15,12 @@ What X must contain; the label of a class is its position in the sorted folder n
                (Liu et al. 2019, liuziwei7.github.io/projects/LongTail.html)
     inat18     train_val2018/, train2018.json, val2018.json (github.com/visipedia/inat_comp)
     places365  train/<class>/*.jpg, val/<class>/*.jpg (places365standard_easyformat.tar from places2.csail.mit.edu)
-    cifar100   nothing, or the unpacked cifar-100-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html); same for cifar10
+    cifar100   nothing, or cifar-100-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html), or train/<class>/<image> and
+               test/<class>/<image>, its images in files of any type; same for cifar10
     folder     train/<class>/<image> or <class>/<image>. A folder val/ or test/ with the same classes is the test set.
                If X has both, val/ is the validation set. If it has neither, --holdout images per class are tested on.
+               Small images, of 64 px and less, get CIFAR's settings.
+A class may have subfolders. Names that begin with a dot are skipped.
 
 What is written to --out, which is X by default; ImageNet_LT_*.txt are not written again, and inat18 has its own lists:
     train_full.txt       all training images except those in val.txt
@@ -37,7 +40,9 @@ A copy of X with a shorter side of 256 px decodes faster, but its random crops d
 import argparse
 import json
 import math
+import os
 import random
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -45,7 +50,7 @@ from pathlib import Path
 import numpy as np
 
 import sources
-from data import DATASETS, groups
+from data import DATASETS, find_list, groups, small_dataset
 
 ALPHAS = {"lt0": 0.0, "lt2": 0.2, "lt4": 0.4, "lt6": 0.6, "lt8": 0.8, "lt": 1.0}
 
@@ -54,7 +59,8 @@ ALPHAS = {"lt0": 0.0, "lt2": 0.2, "lt4": 0.4, "lt6": 0.6, "lt8": 0.8, "lt": 1.0}
 
 def exponential_counts(num_classes, n_max, imbalance):
     """n_j = int(n_max * imbalance^(-j/(C-1))), the rule of CIFAR-LT (Cui et al. 2019). The largest class is first."""
-    return [int(n_max * imbalance ** (-j / (num_classes - 1))) for j in range(num_classes)]
+    last = max(1, num_classes - 1)
+    return [int(n_max * imbalance ** (-j / last)) for j in range(num_classes)]
 
 
 def alpha_counts(counts, alpha):
@@ -82,20 +88,22 @@ def sizes_by_class(classes, sizes):
     return by_class.tolist()
 
 
-def largest_that_fits(available, imbalance):
-    """The largest n_max whose exponential sizes are at most `available` (C,), which has the largest class first."""
+def largest_that_fits(available, imbalance, alpha=1.0):
+    """The largest n_max whose exponential sizes, or those with this alpha, are at most `available` (C,), which has the
+    largest class first."""
     for n_max in range(available[0], 1, -1):
-        if (exponential_counts(len(available), n_max, imbalance) <= available).all():
+        sizes = alpha_counts(exponential_counts(len(available), n_max, imbalance), alpha)
+        if (sizes <= available).all():
             return n_max
     return 1
 
 
 def read_tail(root, name, C=0):
     """Class sizes from a file of numbers or from a list, and the images of each class if it is a list."""
-    file = Path(name)
     if name == "imagenet-lt":  # the sizes of the published list
-        file = sources.EMBEDDED.with_name("imagenet_lt_counts.txt")
-    words = file.read_text(encoding="utf-8").split() if file.is_file() else []
+        root, name = sources.EMBEDDED.parent, "imagenet_lt_counts.txt"
+    file = find_list(root, name)
+    words = file.read_text(encoding="utf-8-sig", errors="replace").split() if file.is_file() else []
     if words and all(word.isdecimal() for word in words):
         return [int(word) for word in words], [[]] * len(words)
     images = sources.read_split(root, name, C)
@@ -121,14 +129,13 @@ def order_images(full, base, seed):
     return ordered
 
 
-def prefixes(ordered, sizes, name):
+def prefixes(ordered, sizes, names, name):
     """The split of the first sizes[c] images of each class c, sorted by path."""
     split = []
     for c, (paths, n) in enumerate(zip(ordered, sizes)):
         if not 1 <= n <= len(paths):
-            folder = Path(paths[0]).parent.name
             flag = "--n-max" if n else "--imbalance"
-            sys.exit(f"error: {name} needs {n} images of class {c} ({folder}), which has "
+            sys.exit(f"error: {name} needs {n} images of class {c} ({names[c]}), which has "
                      f"{len(paths)} to train on; pass a smaller {flag} or --holdout")
         split.append(sorted(paths[:n]))
     return split
@@ -148,18 +155,28 @@ def class_split(C, rule):
 
 # ---- files and table
 
-def write(file, text, overwrite=False):
-    """Write a list, but never over a list with other content: runs may have been trained on it."""
-    if file.exists() and file.read_text(encoding="utf-8") == text:
-        return
-    if file.exists() and not overwrite:
-        sys.exit(f"error: {file} exists with other content; pass --overwrite, or another --out")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+def write(files, overwrite=False):
+    """Write {file: text}, each whole or not at all. If one exists with other content, nothing is written: runs may have
+    been trained on it."""
+    changed = {}
+    for file, text in files.items():
+        content = text.encode("utf-8", "surrogateescape")  # a file's name keeps its bytes
+        if file.exists() and file.read_bytes() == content:
+            continue
+        if file.exists() and not overwrite:
+            sys.exit(f"error: {file} exists with other content; pass --overwrite, or another --out")
+        changed[file] = content
+
+    for file, content in changed.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
 
 
 def write_lists(out, splits, overwrite=False, published=()):
     """Write {name: split} to <name>.txt, except the published ones, and the halves of all to <half>/<name>.txt."""
+    files = {}
     for name, split in splits.items():
         folders = {"": range(len(split))}
         for rule in ("overlap", "independent"):
@@ -172,7 +189,9 @@ def write_lists(out, splits, overwrite=False, published=()):
             lines = []
             for label, c in enumerate(classes):
                 lines += [f"{path} {label}\n" for path in split[c]]
-            write(out / folder / f"{name}.txt", "".join(lines), overwrite)
+            if lines:  # a single class has no halves
+                files[out / folder / f"{name}.txt"] = "".join(lines)
+    write(files, overwrite)
 
 
 def print_table(counts):
@@ -194,7 +213,7 @@ def print_table(counts):
 def write_table(out, dataset, counts):
     """Print the table and write it to splits.json, where train_rep.py finds out which data set this is."""
     text = json.dumps({"dataset": dataset, "lists": print_table(counts)}) + "\n"
-    write(out / "splits.json", text, overwrite=True)
+    write({out / "splits.json": text}, overwrite=True)
 
 
 def make_digits(out="data/digits", seed=0, imbalance=100):
@@ -212,7 +231,7 @@ def make_digits(out="data/digits", seed=0, imbalance=100):
         splits = sources.compose(root, rng)
         train = splits.pop("train")
         for name, sizes in counts.items():
-            splits[f"train_{name}"] = prefixes(train, sizes, f"train_{name}")
+            splits[f"train_{name}"] = prefixes(train, sizes, range(10), f"train_{name}")
         write_lists(root, splits)
         write_table(root, "digits", counts)
         if not Path(out).exists():  # another process may have been faster
@@ -224,7 +243,8 @@ def make_digits(out="data/digits", seed=0, imbalance=100):
 def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", choices=tuple(DATASETS), default="digits",
+    layouts = [name for name in DATASETS if not name.startswith("small")]  # those are folders
+    p.add_argument("--dataset", choices=layouts, default="digits",
                    help="layouts above; default: %(default)s, which are embedded")
     p.add_argument("--data", type=Path, help="folder X of the images; CIFAR: data/<dataset>")
     p.add_argument("--out", type=Path, help="folder for the lists; default: --data")
@@ -280,8 +300,10 @@ def long_tail(args, full):
         available = np.array([len(paths) for paths in full])      # (C,)
         classes = np.argsort(-available, kind="stable")           # largest first
         n_max = args.n_max or largest_that_fits(available[classes], args.imbalance)
-        print(f"the largest class of the long tail has {n_max} images; --n-max changes it")
-        return sizes_by_class(classes, exponential_counts(C, n_max, args.imbalance)), [[]] * C
+        sizes = exponential_counts(C, n_max, args.imbalance)
+        print(f"the largest class of the long tail has {n_max} images, the smallest {sizes[-1]}, an imbalance of "
+              f"{n_max / max(1, sizes[-1]):.1f}; --n-max changes it")
+        return sizes_by_class(classes, sizes), [[]] * C
 
     tail, images = read_tail(args.data, args.long_tail, C)
     if len(tail) != C:
@@ -290,7 +312,20 @@ def long_tail(args, full):
     return tail, images
 
 
+def print_left_out(name, sizes, available, names, args):
+    """Say which class has too few images for a list, and with which --n-max it has enough."""
+    c = int(np.argmax(np.array(sizes) - available))
+    remedy = ""
+    if args.long_tail == "exponential":
+        n_max = largest_that_fits(np.sort(available)[::-1], args.imbalance, ALPHAS[name])
+        remedy = f"; --n-max {n_max} would do"
+        if n_max < args.imbalance:  # no image would be left for the smallest class
+            remedy = "; a smaller --imbalance would do"
+    print(f"left out: train_{name}.txt: class {names[c]} has {available[c]} images, {sizes[c]} wanted{remedy}")
+
+
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be in an encoding that cannot be printed
     args = parse_args()
     root, out = args.data, args.out
 
@@ -305,11 +340,11 @@ def main():
         make_digits(out, args.seed, args.imbalance)
         return
     if args.dataset == "inat18":
-        counts = {}
+        files, counts = {}, {}
         for name, images in sources.inaturalist(root).items():
-            text = "".join(f"{path} {c}\n" for path, c in images)
-            write(out / f"{name}.txt", text, args.overwrite)
+            files[out / f"{name}.txt"] = "".join(f"{path} {c}\n" for path, c in images)
             counts[name] = np.bincount([c for _, c in images]).tolist()
+        write(files, args.overwrite)
         write_table(out, args.dataset, counts)
         return
 
@@ -318,12 +353,12 @@ def main():
         sources.unpack_cifar(root, args.dataset)
     names, full, val, test = sources.class_folders(root, args.dataset, args.holdout, args.seed)
     held_out = [set(a + b) for a, b in zip(val, test)]
+    there = [held.union(paths) for paths, held in zip(full, held_out)]
     full = [set(paths) - held for paths, held in zip(full, held_out)]
 
-    # the base long tail; a list from elsewhere may number the classes differently, or contain images held out here
+    # the base long tail; a list from elsewhere may name other files or classes, or contain images held out here
     tail, tail_images = long_tail(args, full)
-    sources.refuse_other_numbering(val, names)
-    sources.refuse_other_numbering(tail_images, names)
+    sources.refuse_strangers(tail_images, args.long_tail, there)
     for paths, held in zip(tail_images, held_out):
         both = held.intersection(paths)
         if both:
@@ -339,26 +374,31 @@ def main():
     splits = {}
     for name, sizes in {"full": available, **family}.items():
         if name != "lt" and (np.array(sizes) > available).any():
-            print(f"left out: train_{name}.txt; a class has too few images for it")
+            print_left_out(name, sizes, available, names, args)
             continue
-        splits[f"train_{name}"] = prefixes(ordered, sizes, f"train_{name}")
-    splits["test"] = test
-    if any(val):
-        splits["val"] = val
+        splits[f"train_{name}"] = prefixes(ordered, sizes, names, f"train_{name}")
+    for name, split in {"test": test, "val": val}.items():
+        if any(split):  # not with --holdout 0
+            splits[name] = split
 
     # ImageNet-LT's lists keep their published names; only their halves are written
     published = sources.PUBLISHED if args.dataset == "imagenet" else {}
     splits = {published.get(name, name): split for name, split in splits.items()}
     write_lists(out, splits, args.overwrite, published.values())
     sizes = {name: [len(paths) for paths in split] for name, split in splits.items()}
-    write_table(out, args.dataset, sizes)
+    dataset = args.dataset
+    if dataset == "folder":
+        dataset = small_dataset(root, sum(splits["train_full"], [])) or dataset
+    write_table(out, dataset, sizes)
 
-    # train_rep.py's defaults, batch 256 and queue 65536, are meant for a hundred thousand images
+    # train_rep.py's defaults are meant for a hundred thousand photographs, or CIFAR's ten thousand small images
     if args.dataset == "folder":
-        queue = min(65536, 2 ** int(math.log2(sum(sizes["train_lt"]))))
-        batch = min(256, max(1, queue // 4))
-        print(f"next: python train_rep.py --dataset folder --data {root} "
-              f"--list {out / 'train_lt.txt'} --batch {batch} --queue {queue}; then train_linear.py"
+        batch, queue = (256, 65536) if dataset == "folder" else (128, 4096)
+        queue = min(queue, 2 ** int(math.log2(sum(sizes["train_lt"]))))
+        batch = min(batch, max(1, queue // 4))
+        folder, train_lt = shlex.quote(str(root)), shlex.quote(str(out / "train_lt.txt"))
+        print(f"next: python train_rep.py --dataset {dataset} --data {folder} --list {train_lt} "
+              f"--batch {batch} --queue {queue}; then train_linear.py"
               " with its backbone.pt and the same --batch, and evaluate.py with its head.pt")
 
 

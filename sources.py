@@ -21,7 +21,7 @@ EMBEDDED = Path(__file__).parent / "embedded" / "mnist_5k.npz"
 PER_CLASS = {"train": 350, "val": 50, "test": 100}  # digits; no digit is in two splits
 COMPOSITIONS = {"train": 1, "val": 4, "test": 4}    # images of each digit, with other places, clutter and noise
 HOLDOUT = 20                                        # validation images per class of a data set that has none
-IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 PUBLISHED = {"train_lt": "ImageNet_LT_train", "val": "ImageNet_LT_val", "test": "ImageNet_LT_test"}
 
 
@@ -86,12 +86,21 @@ def compose(root, rng):
 # ---- CIFAR and iNaturalist
 
 def unpack_cifar(root, dataset):
-    """Write torchvision's CIFAR as root/{train,test}/<class>/<number>.png if it is not there; download it if needed."""
-    kind = CIFAR10 if dataset == "cifar10" else CIFAR100
-    for part in ("train", "test"):
+    """Write torchvision's CIFAR as root/{train,test}/<class>/<number>.png; download it if needed. Folders that are
+    there already must have its sizes."""
+    kind, C = (CIFAR10, 10) if dataset == "cifar10" else (CIFAR100, 100)
+    for part, total in (("train", 50_000), ("test", 10_000)):
         if (root / part).is_dir():
+            sizes = [len(paths) for paths in scan(root, part)[1]]
+            if sizes != [total // C] * C:
+                sys.exit(f"error: {dataset} has {C} classes of {total // C} images, {root / part} has {len(sizes)} "
+                         f"of {min(sizes)} to {max(sizes)}; pass another --data, or --dataset folder")
             continue
-        images = kind(root, train=part == "train", download=True)
+        try:
+            images = kind(root, train=part == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            sys.exit(f"error: no download of {dataset} ({error}); put {kind.filename} of "
+                     f"www.cs.toronto.edu/~kriz/cifar.html, or class folders of its images, into {root}")
         with tempfile.TemporaryDirectory(dir=root) as tmp:  # renamed when it is complete
             for i, (image, label) in enumerate(tqdm(images, desc=f"{dataset} {part}", leave=False)):
                 file = Path(tmp, part, images.classes[label], f"{i:05d}.png")
@@ -117,54 +126,80 @@ def inaturalist(root):
 # ---- lists and class folders
 
 def read_split(root, name, C=0):
-    """A list file as a split of at least C classes."""
+    """A list file as a split of at least C classes. An image that is listed twice counts once."""
     paths, labels = read_list(root, name)
     split = [[] for _ in range(max(C, int(labels.max()) + 1))]
-    for path, c in zip(paths, labels.tolist()):
+    for path, c in dict.fromkeys(zip(paths, labels.tolist())):
         split[c].append(path)
     return split
 
 
-def refuse_other_numbering(split, names):
-    """Exit if the classes of a split are not numbered in the sorted order of their folder names, `names`."""
-    for c, paths in enumerate(split):
-        expected = names[c] if c < len(names) else None
-        if paths and Path(paths[0]).parent.name != expected:
-            sys.exit(f"error: {paths[0]} has label {c}, but class {c} of the {len(names)} sorted "
-                     f"class folders is {expected}; the list belongs to other data")
+def refuse_strangers(split, name, there):
+    """Exit if the split of the list `name` has images that are not in the split `there`, or of another class there."""
+    class_of = {path: c for c, paths in enumerate(there) for path in paths}
+    images = [(path, c) for c, paths in enumerate(split) for path in paths]
+    missing = [path for path, _ in images if path not in class_of]
+    if missing:
+        sys.exit(f"error: {name} names {len(missing)} images that are not there (first: {missing[0]})")
+    for path, c in images:
+        if class_of[path] != c:
+            sys.exit(f"error: {path} has label {c} in {name}, but its folder is class {class_of[path]} of the "
+                     f"{len(there)} sorted class folders; the list belongs to other data")
+
+
+def files_below(root, folder):
+    """The files in root/folder and its subfolders, relative to root and sorted. Hidden ones do not count."""
+    found = []
+    for parent, folders, files in os.walk(root / folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(parent).relative_to(root).as_posix()
+        found += [f"{below}/{name}" for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def scan(root, folder):
-    """Class names and split of root/folder/<class>/<image>, both sorted. A folder without images is not a class."""
+    """Class names and split of root/folder/<class>/, both sorted. A class may have subfolders. A folder without images
+    is not a class."""
     expect(root / folder, "the folder of <class>/<image>")
     names, split = [], []
-    folders = sorted(entry.name for entry in os.scandir(root / folder) if entry.is_dir())
+    entries = [entry for entry in os.scandir(root / folder) if not entry.name.startswith(".")]
+    loose = sum(entry.name.lower().endswith(IMAGES) for entry in entries)
+    if loose:
+        print(f"{loose} images of {root / folder} are in no class folder")
+    folders = sorted(entry.name for entry in entries if entry.is_dir())
     for name in tqdm(folders, desc=f"{root / folder}", unit="class", leave=False):
-        files = sorted(os.listdir(root / folder / name))
+        if not folder and name in ("val", "test"):
+            continue
+        files = files_below(root, Path(folder, name))
         images = [file for file in files if file.lower().endswith(IMAGES)]
         if images:
             names.append(name)
-            split.append([Path(folder, name, image).as_posix() for image in images])
+            split.append(images)
+            if len(images) < len(files):
+                print(f"{len(files) - len(images)} files of {name} are no images by their ending")
         elif not name.endswith(("_source", "_target")):  # those contain lists
             print(f"not a class: {root / folder / name} contains no image")
-    if not names:
+    # a single class with all images in subfolders: its subfolders are the classes
+    above = len(names) == 1 and not any(Path(path).parent.name == names[0] for path in split[0])
+    if not names or above:
         sys.exit(f"error: {root / folder} contains no <class>/<image>; "
                  f"the name of an image ends in {' '.join(IMAGES)}")
     return names, split
 
 
-def hold_out(full, n, seed):
+def hold_out(full, n, seed, names, part):
     """The split of n random images of each class. n None means HOLDOUT, but at most a fifth of the class."""
+    if n is None:
+        print(f"{HOLDOUT} images per class, but at most a fifth, are held out for {part}.txt; --holdout 0 keeps them")
     rng = np.random.RandomState(seed)
     held = []
-    for paths in full:
+    for name, paths in zip(names, full):
         wanted = n
         if n is None:
             wanted = max(1, min(HOLDOUT, len(paths) // 5))
         if wanted >= len(paths):
-            folder = Path(paths[0]).parent.name
             sys.exit(f"error: --holdout would take {wanted} of the {len(paths)} images of class "
-                     f"{folder} and leave none to train on; pass a smaller one or drop the class")
+                     f"{name} and leave none to train on; pass a smaller one or drop the class")
         drawn = rng.permutation(len(paths))[:wanted]
         held.append([paths[i] for i in sorted(drawn)])
     return held
@@ -185,9 +220,13 @@ def class_folders(root, dataset, holdout, seed):
         for name in PUBLISHED.values():
             expect(root / f"{name}.txt",
                    "a published list; --dataset folder --long-tail imagenet-lt needs none")
-        val = read_split(root, f"{PUBLISHED['val']}.txt", len(names))
-        test = read_split(root, f"{PUBLISHED['test']}.txt", len(names))
-        return names, full, val, test
+        there = [a + b for a, b in zip(full, scan(root, "val")[1])]
+        splits = []
+        for part in ("val", "test"):
+            name = f"{PUBLISHED[part]}.txt"
+            splits.append(read_split(root, name, len(names)))
+            refuse_strangers(splits[-1], name, there)
+        return names, full, *splits
 
     # the others have folders; other classes than in train/ would shift the labels
     found = {}
@@ -201,14 +240,14 @@ def class_folders(root, dataset, holdout, seed):
 
     # without any such folder, the test images are taken from the training images
     if not found and dataset == "folder":
-        found["test"] = hold_out(full, holdout, seed)
+        found["test"] = hold_out(full, holdout, seed, names, "test")
         full = [sorted(set(paths).difference(out)) for paths, out in zip(full, found["test"])]
     elif not found:
         expect(root / "val", "the folder of <class>/<image> that becomes the test list")
 
     # a single folder is the test set, and the validation images are taken from the training images
     test = found["test"] if "test" in found else found.pop("val")
-    val = found["val"] if "val" in found else hold_out(full, holdout, seed)
+    val = found["val"] if "val" in found else hold_out(full, holdout, seed, names, "val")
     return names, full, val, test
 
 

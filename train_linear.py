@@ -226,13 +226,8 @@ def choose(heads, pairs, features, labels, args):
     return best, top1[best], f"chosen on {args.val}{tie}"
 
 
-def save_results(args, header, classifier, chosen, val_top1):
+def save_results(args, header, counts_of, classifier, chosen, val_top1):
     """Write head.pt, which marks the run as finished."""
-    # many / medium / few go by what the backbone has seen, unless its list has other classes
-    backbone_list = header["settings"]["backbone_list"]
-    counts_of = args.list
-    if backbone_list and Path(backbone_list).parent == Path(args.list).parent:
-        counts_of = backbone_list
     counts = data.read_list(args.data, counts_of)[1].bincount(minlength=len(classifier.bias))
 
     protocol = args.protocol + ", cached features" * (args.features == "cached")
@@ -245,6 +240,7 @@ def save_results(args, header, classifier, chosen, val_top1):
         "arch": args.arch, "dataset": args.dataset, "data": args.data, "list": args.list,
         "counts": counts.tolist(), "counts_of": counts_of,
         "list_sha256": checkpoint.sha256(data.find_list(args.data, counts_of)),
+        "class_names": data.class_names(args.data, args.list),
         "name": backbone.parent.name if backbone.name == "backbone.pt" else backbone.stem,
         "seed": checkpoint.settings_of(args.backbone).get("seed", args.seed),
         "chosen": chosen, "val_top1": val_top1,
@@ -276,6 +272,13 @@ def main():
     pairs = list(itertools.product(args.lr, args.weight_decay))           # M of them
     val = val_images(args, backbone_list, C) if len(pairs) > 1 else None
     ddp.print0(f"classifiers side by side: {len(pairs)}, on {device.type}")
+
+    # many / medium / few go by what the backbone has seen, unless its list has other classes
+    counts_of = args.list
+    if backbone_list and Path(backbone_list).parent == Path(args.list).parent:
+        counts_of = backbone_list
+    for name in {counts_of, val.name if val else counts_of}:
+        data.refuse_other_classes(data.class_names(args.data, args.list), args.data, name)
 
     # resume, or begin
     header = checkpoint.header(args, backbone_list=backbone_list,
@@ -369,7 +372,7 @@ def main():
         sys.exit(f"error: the classifier is not finite with learning rate {lr:g}; try a smaller --lr")
     if ddp.rank() == 0:
         chosen = f"lr {lr:g}, weight decay {decay:g} {reason}"
-        save_results(args, header, heads[best], chosen, val_top1)
+        save_results(args, header, counts_of, heads[best], chosen, val_top1)
         log({"step": args.epochs * steps, "lr": lr, "weight_decay": decay, "val_top1": val_top1})
 
 

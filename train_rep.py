@@ -96,7 +96,8 @@ def parse_args():
     p.add_argument("--init", help="backbone.pt to start from; --loss ce on a CL backbone is SSP")
     # data
     p.add_argument("--dataset", choices=tuple(data.DATASETS),
-                   help="what splits.json in --data says, else imagenet; without --data digits")
+                   help="what splits.json in --data says, else imagenet; without --data digits; "
+                        "a folder of images of at most 64 px is small or small64")
     p.add_argument("--data", help="the folder that the list's paths start from")
     p.add_argument("--list", help="one `path label` per line, as given or in --data; the long tail")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive", "bilateral"),
@@ -128,7 +129,7 @@ def parse_args():
     args = p.parse_args()
 
     # fill in what was not given
-    args.dataset = args.dataset or dataset_of(args)
+    args.dataset = dataset_of(args)
     spec = data.DATASETS[args.dataset]
     kind = spec["kind"]
     loss = "classification" if args.loss in baselines.CLASSIFICATION else args.loss
@@ -161,13 +162,18 @@ def parse_args():
 
 
 def dataset_of(args):
-    """The data set by splits.json, which make_lt.py writes next to the lists."""
+    """The data set: --dataset, or what splits.json says, which make_lt.py writes next to the lists. If that is a folder
+    of one's own, or unknown, the size of the images decides."""
     if args.data is None:
-        return "digits"
-    for folder in (Path(args.data), Path(args.list or "").parent):
-        if (folder / "splits.json").exists():
-            return json.loads((folder / "splits.json").read_text())["dataset"]
-    return "imagenet"
+        return args.dataset or "digits"
+    list_name = args.list or data.LISTS["train"]
+    name, file = args.dataset, data.find_list(args.data, list_name)
+    for folder in (Path(args.data), file.parent if args.list else Path(args.data)):
+        if name is None and (folder / "splits.json").exists():
+            name = json.loads((folder / "splits.json").read_text())["dataset"]
+    if name in (None, "folder") and file.is_file():
+        name = data.small_dataset(args.data, data.read_list(args.data, list_name)[0]) or name
+    return name or "imagenet"
 
 
 def usual_parts(kind, loss, batch):
@@ -278,6 +284,7 @@ def save_results(args, header, model, class_sizes):
             "dataset": args.dataset, "data": args.data, "list": args.list,
             "counts": class_sizes.tolist(), "counts_of": args.list,
             "list_sha256": header["settings"]["list_sha256"],
+            "class_names": data.class_names(args.data, args.list),
             **{key: spec[key] for key in ("mean", "std", "pixels", "resize")},
         }, args.out / "head.pt")
     os.replace(args.out / "backbone.new", args.out / "backbone.pt")
@@ -301,13 +308,14 @@ def main():
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     class_sizes = dataset.labels.bincount()                               # (C,)
     val = data.beside(args.data, args.list, spec["val"])                  # it chooses later: not to be learned from
-    if Path(val).exists() or (Path(args.data) / val).exists():
+    if data.find_list(args.data, val).is_file():
         data.refuse_overlap(args.data, args.list, val)
 
     # what an earlier call has left in --out
     header = checkpoint.header(args, list_sha256=checkpoint.sha256(data.find_list(args.data, args.list)))
     ddp.print0("settings: " + ", ".join(f"{name}={x}" for name, x in header["settings"].items())
-               + f"; on {device.type}, BatchNorm sees {args.batch // args.virtual_gpus} images")
+               + f"; on {device.type}, BatchNorm sees {args.batch // args.virtual_gpus} images of "
+               f"{spec['pixels']} px")
     ckpt = checkpoint.resume(args.out, header["settings"], "backbone.pt", args.restart)
     loader = data.train_loader(dataset, draws, args.workers, device)
     steps, begin = len(loader), ckpt["epoch"] if ckpt else 0

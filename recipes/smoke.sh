@@ -14,6 +14,7 @@ short() {  # the flags for a command; if a flag is given twice, its last value c
         transfer_det.py) echo --iterations 2 --batch 2 --accumulate 1 --precise-bn 1 ;;
     esac
     case $* in
+        make_lt.py*cifar*) echo --dataset folder --data data/$dataset --long-tail exponential --holdout 0 ;;  # any sizes
         make_lt.py*|tools*) ;;
         train*cifar*) echo --batch 32 ;;  # in memory, without workers
         *) echo --workers 0 ;;

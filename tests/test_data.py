@@ -1,6 +1,7 @@
 """Lists, decoding, augmentations, draws and batches against PIL, torchvision, literal loops and one process."""
 import io
 import math
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+import checkpoint
 import data
 import ddp
 
@@ -61,6 +63,46 @@ def test_published_forms_of_list_lines(tmp_path):
     assert paths == ["train/n01/x.JPEG", "train/n01/y z.JPEG", "val/é.JPEG"] and labels.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("line", [
+    "./train/a/x.jpg 0", "train//a/x.jpg 0", "train/b/../a/./x.jpg 0", "/a/x.jpg 0", "//a/x.jpg 0", "train\\a\\x.jpg 0",
+    "../X/train/a/x.jpg 0", "\ufefftrain/a/x.jpg 0", "\n\n  train/a/x.jpg   0 \r\n\r\n"])
+def test_an_image_has_one_name_however_a_list_spells_it(tmp_path, line):
+    root = tmp_path / "X"
+    root.mkdir()
+    (root / "l.txt").write_text(line, encoding="utf-8")
+    (root / "train.txt").write_text("train/a/x.jpg 0\n")
+    paths, labels = data.read_list(root, "l.txt")
+    assert paths == ["train/a/x.jpg"] and labels.tolist() == [0]
+    with pytest.raises(SystemExit, match="1 images of the validation list"):
+        data.refuse_overlap(root, "train.txt", "l.txt")
+
+
+def test_a_list_of_another_encoding_and_an_empty_one(tmp_path):
+    (tmp_path / "l.txt").write_bytes(b"M\xfcller/x.jpg 0\n")
+    assert os.fsencode(data.read_list(tmp_path, "l.txt")[0][0]) == b"M\xfcller/x.jpg"
+    for content in (b"", b"\n \r\n"):
+        (tmp_path / "l.txt").write_bytes(content)
+        with pytest.raises(SystemExit, match="error: .*l.txt is empty"):
+            data.read_list(tmp_path, "l.txt")
+
+
+def test_what_lies_in_the_working_directory_hides_no_list_of_the_data_folder(tmp_path, monkeypatch):
+    for name in ("X/half/l.txt", "X/half/val.txt", "X/l.txt", "X/val.txt", "here/val.txt", "here/half/val.txt", "here/own/l.txt",
+                 "here/l.txt", "here/own/val.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{name} 0\n")
+    monkeypatch.chdir(tmp_path / "here")
+    root = tmp_path / "X"
+    for name, found in (("l.txt", "X/l.txt"), ("half/l.txt", "X/half/l.txt"), ("own/l.txt", "here/own/l.txt")):
+        assert data.read_list(root, name)[0] == [found]
+        val = data.beside(root, name, "val.txt")
+        assert data.read_list(root, val)[0] == [found.replace("l.txt", "val.txt")]
+    (root / "half/val.txt").unlink()
+    assert data.beside(root, "half/l.txt", "val.txt") == "val.txt"        # not here/half/val.txt
+    trained = {"data": str(root), "list": "l.txt", "list_sha256": checkpoint.sha256(root / "l.txt")}
+    checkpoint.same_list(trained)                                         # not here/l.txt
+
+
 @pytest.mark.parametrize("second", ["b.png", "b.png x", "b.png -1", "7"])
 def test_broken_list_line_and_missing_list_are_named(tmp_path, second):
     (tmp_path / "l.txt").write_text(f"a.png 0\n{second}\n")
@@ -80,6 +122,59 @@ def test_lists_that_must_not_be_confused(tmp_path):
 
     assert data.beside(tmp_path, "l.txt", "val.txt") == data.beside(tmp_path, "other/l.txt", "val.txt") == "val.txt"
     assert data.beside(tmp_path, "half/l.txt", "val.txt") == "half/val.txt"
+
+
+ANT_BEE = "train/ant/1.jpg 0\ntrain/ant/red/2.jpg 0\ntrain/bee/1.jpg 1\n"
+
+
+@pytest.mark.parametrize("train, here, sentence", [
+    (ANT_BEE, "test/ant/1.jpg 1\ntest/bee/1.jpg 0\n", "label 0 is class bee in l.txt, but ant in the training list"),
+    (ANT_BEE, "test/2020/a/ant/1.jpg 1\ntest/2020/a/bee/1.jpg 0\n", "label 0 is class bee in l.txt, but ant"),
+    (ANT_BEE, "aphid/1.jpg 0\nant/1.jpg 1\nbee/1.jpg 2\n", "label 0 is class aphid in l.txt, but ant"),  # one class more
+    (ANT_BEE, "ant/1.jpg 0\ncat/1.jpg 1\n", "label 1 is class cat in l.txt, but bee"),                   # another class
+    (ANT_BEE, "./ant/1.jpg 1\nbee/1.jpg 2\n", "label 1 is class ant in l.txt, but bee"),                 # labels from 1
+    (ANT_BEE, "test/bee/7.jpg 1\ntest/bee/red/8.jpg 1\ntest/ant/1.jpg 0\n", None),
+    (ANT_BEE, "1.jpg 1\n2.jpg 0\n", None),                                                              # no folders
+    (ANT_BEE, "v2/0/1.jpg 0\nv2/1/1.jpg 1\n", "no class folder of l.txt is one of the training list"),   # only said
+    ("p1/l.jpg 0\np2/l.jpg 1\np3/l.jpg 1\n", "p1/r.jpg 1\np2/r.jpg 1\np3/r.jpg 0\n", None)])          # eyes of patients
+def test_class_folders_of_two_lists_have_one_numbering(tmp_path, capsys, train, here, sentence):
+    (tmp_path / "train.txt").write_text(train)
+    (tmp_path / "l.txt").write_text(here)
+    names, printed = data.class_names(tmp_path, "train.txt"), ""
+    assert names == ({0: "ant", 1: "bee"} if train == ANT_BEE else {})
+    try:
+        data.refuse_other_classes(names, tmp_path, "l.txt")
+        printed = capsys.readouterr().out
+        assert sentence is None or sentence.startswith("no class folder")
+    except SystemExit as error:
+        printed = str(error)
+        assert printed.startswith("error: ")
+    assert (sentence or "") in printed and bool(printed) == bool(sentence)
+
+
+@pytest.mark.parametrize("sizes, name", [
+    ([(32, 32)], "small"), ([(28, 20)], "small"), ([(33, 20)], "small64"), ([(48, 48)], "small64"), ([(64, 40)], "small64"),
+    ([(65, 30)], None), ([(500, 300)], None), ([(30, 32), (32, 28), (900, 700)], "small"), ([], None)])
+def test_the_size_of_the_images_decides_about_a_folder(tmp_path, capsys, sizes, name):
+    """One of them does not open. All become squares of the set's size, so that they fit into one tensor."""
+    for i, (w, h) in enumerate(sizes):
+        photo(w, h, seed=i).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").touch()
+    paths = [f"{i}.png" for i in range(len(sizes))]
+    assert data.small_dataset(tmp_path, [*paths, "broken.png", "missing.png"]) == name
+    assert (f"the data set is {name}" in capsys.readouterr().out) == bool(name)
+    if name:
+        spec, side = data.DATASETS[name], int(name[5:] or 32)
+        assert spec["kind"] == "cifar" and spec["val"] == "val.txt" and spec["pixels"] == side
+        (tmp_path / "l.txt").write_text("".join(f"{path} 0\n" for path in paths))
+        images = data.ImageList(tmp_path, "l.txt", spec, "cifar")
+        loader = data.train_loader(images, data.Draws(images.labels, "instance", 1), 0, torch.device("cpu"))
+        assert loader.images.shape == (len(sizes), 3, side, side)
+
+
+def test_an_image_of_the_right_size_stays_as_it_is(digits):
+    images = data.ImageList(digits, "val.txt", DIGITS)
+    assert all(torch.equal(images[i][0][0], images.image(i)) for i in range(0, 2000, 100))
 
 
 def test_groups():
@@ -302,8 +397,11 @@ def test_bilateral_halves_are_the_two_samplers():
 
 
 def test_draws_refuse_what_they_cannot_draw(monkeypatch):
-    with pytest.raises(SystemExit, match="class 1 has no image"):
-        data.Draws(torch.tensor([0, 0, 2, 2]), "class", batch=2)
+    for kind in ("instance", "class", "sqrt", "progressive", "bilateral"):
+        with pytest.raises(SystemExit, match="class 1 has no image in the training list; number the classes from 0 .* --list"):
+            data.Draws(torch.tensor([0, 0, 2, 2]), kind, batch=2)
+        with pytest.raises(SystemExit, match="class 0 has no image in the training list: do the labels begin at 1.; number"):
+            data.Draws(torch.tensor([1, 1, 2, 2]), kind, batch=2)
     with pytest.raises(SystemExit, match="1240 images, fewer than --batch 2000"):
         data.Draws(LABELS, "instance", batch=2000)
     with pytest.raises(SystemExit, match="must divide"):

@@ -1,8 +1,11 @@
 """Class sizes against published counts; which images a list takes; the digits; one's own folder; what is refused."""
 import hashlib
 import json
+import os
 import pickle
 import re
+import shlex
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +40,7 @@ def folder(root, kind="JPEG", **parts):
         for c, n in enumerate(sizes):
             (root / part / f"class{c}").mkdir(parents=True)
             for i in range(n):
-                (root / part / f"class{c}" / f"{part}_{i:03d}.{kind}").touch()
+                (root / part / f"class{c}" / f"{part.strip('.')}_{i:03d}.{kind}").touch()
     return root
 
 
@@ -208,6 +211,135 @@ def test_a_tail_that_the_images_allow_though_not_its_family(script, tmp_path, ca
     assert "left out: train_lt0.txt" in capsys.readouterr().out
 
 
+def test_hidden_files_and_subfolders(script, tmp_path, capsys):
+    """The labels are those of the same folder without them, and each image counts once."""
+    root = folder(tmp_path / "X", train=[9, 8], test=[2] * 2)
+    script(make_lt, *OWN, root, "--holdout", 2, "--out", tmp_path / "plain")
+    for name in (".ipynb_checkpoints/x.jpg", "class0/._train_000.JPEG", "class1/.cache/x.jpg", "class1/notes.csv", "class1/a.npy",
+                 "class0/red/x.jpg", "class0/red/old/y.JFIF", "class1/z.pgm", "class1/z.GIF", "loose.png"):
+        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "train" / name).touch()
+    (tmp_path / "blue").mkdir()
+    (tmp_path / "blue/b.png").touch()
+    (root / "train/class1/blue").symlink_to(tmp_path / "blue")
+    capsys.readouterr()
+    script(make_lt, *OWN, root, "--holdout", 2, "--out", tmp_path / "lists")
+    out = capsys.readouterr().out
+    assert "2 files of class1 are no images by their ending" in out and f"1 images of {root}/train are in no class folder" in out
+    assert "files of class0" not in out
+    plain, split = ({c: {path for name in ("train_full", "val") for path in split_of(tmp_path / out / f"{name}.txt")[c]}
+                     for c in (0, 1)} for out in ("plain", "lists"))
+    assert split[0] - plain[0] == {"train/class0/red/x.jpg", "train/class0/red/old/y.JFIF"} and plain[0] <= split[0]
+    assert split[1] - plain[1] == {f"train/class1/{name}" for name in ("blue/b.png", "z.GIF", "z.pgm")} and plain[1] <= split[1]
+    assert all(sizes_of(tmp_path / "lists/train_full.txt")[c] == len(split[c]) - 2 for c in (0, 1))
+
+
+@pytest.mark.parametrize("spelling", ["./{}", "train//{}", "other/../{}", "../X/{}"])
+def test_a_tail_in_another_spelling_is_the_same_tail(script, tmp_path, spelling):
+    root = folder(tmp_path / "X", train=[12, 12], test=[2] * 2)
+    script(make_lt, *OWN, root, "--holdout", 3)
+    val = (root / "val.txt").read_text().splitlines()
+    paths = [f"train/class{c}/train_{i:03d}.JPEG {c}" for c in range(2) for i in range(12)]
+    tail = [line for line in paths if line not in val][3:]
+    lists = []
+    for name, form in (("plain", "{}"), ("other", spelling)):
+        lines = [form.format(line.removeprefix("train/") if "//" in form else line) + "\n" for line in tail]
+        (root / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+        script(make_lt, *OWN, root, "--holdout", 3, "--long-tail", f"{name}.txt", "--out", tmp_path / name)
+        lists.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.txt")})
+    assert lists[0] == lists[1] and len(lists[0]) > 4
+    (root / "bad.txt").write_text(spelling.format(val[0].removeprefix("train/") if "//" in spelling else val[0]))
+    with pytest.raises(SystemExit, match=f"the long tail contains {val[0].split()[0]} of the validation or test list"):
+        script(make_lt, *OWN, root, "--holdout", 3, "--long-tail", "bad.txt", "--out", tmp_path / "bad")
+
+
+@pytest.mark.parametrize("part, file", [("train", "train/class1"), ("val", "train/class0"), ("test", "val/class2")])
+def test_imagenet_lt_without_one_of_its_files(script, imagenet, tmp_path, part, file):
+    lines = (imagenet / f"ImageNet_LT_{part}.txt").read_text().splitlines()
+    gone = next(line.split()[0] for line in lines if line.startswith(file))
+    (imagenet / gone).unlink()
+    with pytest.raises(SystemExit, match=f"^error: ImageNet_LT_{part}.txt names 1 images that are not there .first: {gone}.$"):
+        script(make_lt, "--dataset", "imagenet", "--data", imagenet, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_file_names_in_another_encoding(script, tmp_path, capsys):
+    """They are listed as they are, and printed as well as can be."""
+    root, name = folder(tmp_path / "X", train=[30, 3], test=[2] * 2), os.fsdecode(b"M\xfcller")
+    for part in ("train", "test"):
+        (root / part / "class1").rename(root / part / name)
+    (root / "train/class0/train_000.JPEG").rename(root / f"train/class0/{name}.jpg")
+    script(make_lt, *OWN, root, *"--holdout 0 --long-tail exponential --n-max 30 --imbalance 10".split())
+    paths, labels = data.read_list(root, "train_full.txt")
+    assert all((root / path).is_file() for path in paths) and labels.bincount().tolist() == [3, 30]
+    assert f"train/class0/{name}.jpg" in paths and data.class_names(root, "train_full.txt") == {0: name, 1: "class0"}
+    assert "left out: train_lt0.txt: class M\\udcfcller has 3 images, 17 wanted" in capsys.readouterr().out
+
+
+def test_a_list_is_written_whole_or_not_at_all(script, tmp_path, monkeypatch):
+    root = folder(tmp_path, train=[9, 8], test=[2] * 2)
+
+    def full_disk(path, content):
+        open(path, "wb").close()
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m, pytest.raises(OSError, match="No space left"):
+        m.setattr(Path, "write_bytes", full_disk)
+        m.setattr(Path, "write_text", lambda path, *args, **kwargs: full_disk(path, args))
+        script(make_lt, *OWN, root, "--holdout", 2)
+    assert not list(root.rglob("*.txt"))
+    script(make_lt, *OWN, root, "--holdout", 2)
+    assert sizes_of(root / "train_full.txt") == [7, 6] and not list(root.rglob("*.tmp"))
+
+
+def test_one_class(script, tmp_path):
+    root = folder(tmp_path, train=[30], test=[2])
+    script(make_lt, *OWN, root, *"--holdout 5 --long-tail exponential".split())
+    assert sizes_of(root / "train_lt.txt") == [25] and make_lt.exponential_counts(1, 25, 100) == [25]
+
+
+@pytest.mark.parametrize("sizes, args, said", [
+    ([40, 14, 9], "--holdout 3 --n-max 30 --imbalance 9",
+     {"lt0": "class class2 has 6 images, 14 wanted; --n-max 14 would do", "lt6": "class class1 has 11 images, 13 wanted; --n-max 28"}),
+    ([400, 30, 9], "--holdout 0 --n-max 270 --imbalance 90", {"lt0": "class class2 has 9 images, 100 wanted; a smaller --imbalance"})])
+def test_what_would_fit_is_said_and_fits(script, tmp_path, capsys, sizes, args, said):
+    root = folder(tmp_path / "X", train=sizes, test=[2] * 3)
+    script(make_lt, *OWN, root, "--long-tail", "exponential", *args.split(), "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    n_max, imbalance = int(args.split()[3]), int(args.split()[5])
+    assert f"largest class of the long tail has {n_max} images, the smallest {n_max // imbalance}, an imbalance of" in out
+    for name, sentence in said.items():
+        assert f"left out: train_{name}.txt: {sentence}" in out
+        assert not (tmp_path / f"out/train_{name}.txt").exists()
+        fits = re.search(rf"left out: train_{name}.txt: .*; --n-max (\d+) would do", out)
+        for more in (0, 1) if fits else ():
+            flags = args.replace(f"--n-max {n_max}", f"--n-max {int(fits[1]) + more}").split()
+            script(make_lt, *OWN, root, "--long-tail", "exponential", *flags, "--out", tmp_path / f"{name}{more}")
+            assert (tmp_path / f"{name}{more}/train_{name}.txt").exists() == (more == 0)
+
+
+def test_what_is_held_out_is_said_where_nobody_asked_for_it(script, tmp_path, capsys):
+    root, held = folder(tmp_path, train=[30, 200]), "20 images per class, but at most a fifth, are held out for val.txt; --holdout 0"
+    script(make_lt, *OWN, root)
+    out = capsys.readouterr().out
+    assert held in out and held.replace("val", "test") in out
+    script(make_lt, *OWN, root, "--holdout", 0, "--out", tmp_path / "all")
+    assert "held out" not in capsys.readouterr().out and sizes_of(tmp_path / "all/train_full.txt") == [30, 200]
+    assert not (tmp_path / "all/test.txt").exists()  # an empty one would be none
+
+
+@pytest.mark.parametrize("side, dataset, flags", [
+    (32, "small", "--batch 128 --queue 1024"), (50, "small64", "--batch 128 --queue 1024"), (80, "folder", "--batch 256 --queue 1024")])
+def test_the_next_command_can_be_pasted_and_knows_the_size_of_the_images(script, tmp_path, capsys, side, dataset, flags):
+    root = folder(tmp_path / "my photos", "png", train=[800, 600], test=[2] * 2)
+    for file in root.glob("train/*/*"):
+        Image.new("RGB", (side, side - 4)).save(file)
+    script(make_lt, *OWN, root)
+    assert json.loads((root / "splits.json").read_text())["dataset"] == dataset
+    command = re.search(r"next: python (train_rep.py .*?);", capsys.readouterr().out)[1]
+    assert shlex.split(command) == ["train_rep.py", "--dataset", dataset, "--data", str(root), "--list",
+                                    str(root / "train_lt.txt"), *flags.split()]
+
+
 def test_lists_in_another_folder(script, tmp_path):
     root, out = folder(tmp_path / "X", train=[30] * 2, val=[2] * 2), tmp_path / "lists"
     script(make_lt, *OWN, root, "--out", out)
@@ -253,6 +385,28 @@ def test_cifar10_from_its_pickles(script, tmp_path, monkeypatch):
     assert (np.asarray(Image.open(tmp_path / "train/d/00003.png")) == pixels).all()
 
 
+@pytest.mark.parametrize("kind, sizes, sentence", [
+    ("jpg", [4999] + [5000] * 9, "cifar10 has 10 classes of 5000 images, .*/train has 10 of 4999 to 5000"),
+    ("ppm", [3, 400], "has 2 of 3 to 400"), ("", [], "no download of cifar10 .*; put cifar-10-python.tar.gz of www.cs.*, or class folders")])
+def test_what_is_not_cifar10(script, tmp_path, monkeypatch, kind, sizes, sentence):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "__init__", offline)
+    monkeypatch.setattr(sources, "files_below", lambda root, name: [f"{name}/{i}.{kind}" for i in range(sizes[int(name.name[5:])])])
+    root = folder(tmp_path, train=[0] * len(sizes))
+    with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
+        script(make_lt, "--dataset", "cifar10", "--data", root)
+    assert not list(root.glob("*.txt"))
+
+
+def test_cifar10_from_class_folders_of_any_type(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "files_below", lambda root, name: [
+        f"{name}/{i:04d}.{('JPG', 'ppm')[i % 2]}" for i in range(5000 if "train" in str(name) else 1000)])
+    root = folder(tmp_path, train=[0] * 10, test=[0] * 10)
+    script(make_lt, "--dataset", "cifar10", "--data", root)
+    assert sizes_of(root / "train_lt.txt") == make_lt.exponential_counts(10, 5000, 100) and not (root / "val.txt").exists()
+
+
 # ---- what is refused, in a folder X with three classes of 30 images and 2 in val/
 
 EVERY = "".join(f"train/class{c}/train_{i:03d}.JPEG {c}\n" for c in range(3) for i in range(30))
@@ -263,7 +417,10 @@ BACKWARDS = "".join(f"train/class{2 - c}/train_000.JPEG {c}\n" for c in range(3)
     ("train_lt.txt", "x 0", "", "X/train_lt.txt exists with other content; pass --overwrite, or another --out"),
     ("val/class9/a.png", "", "", "X/val has other classes than the training images: class9 is in one of them only"),
     ("lt.txt", EVERY, "--long-tail lt.txt", "the long tail contains train/class0/.* of the validation or test list"),
-    ("lt.txt", BACKWARDS, "--long-tail lt.txt", "train/class2/.* has label 0, but class 0 of the 3 .* is class0"),
+    ("lt.txt", BACKWARDS, "--long-tail lt.txt", "train/class2/.* has label 0 in lt.txt, but its folder is class 2 of the 3 sorted class folders"),
+    ("lt.txt", BACKWARDS.replace("JPEG", "jpeg"), "--long-tail lt.txt", "lt.txt names 3 images that are not there .first: train/class2/"),
+    ("lt.txt", EVERY + "val/class0/9.JPEG 0", "--long-tail lt.txt", "lt.txt names 1 images that are not there .first: val/class0/9.JPEG"),
+    ("lt.txt", EVERY.replace("_007.JPEG 1", "_007.JPEG 2"), "--long-tail lt.txt", "train/class1/train_007.JPEG has label 2 in lt.txt, but"),
     ("sizes.txt", "3 4", "--long-tail X/sizes.txt", "sizes.txt has 2 classes, the training images have 3"),
     ("", "", "--long-tail exponential --n-max 60", "train_lt needs 60 images of class 0 .class0., which has 24 to train on; pass a smaller --n-max"),
     ("", "", "--holdout 30", "--holdout would take 30 of the 30 images of class class0 and leave none to train on"),
@@ -283,3 +440,4 @@ def test_one_sentence_where_a_number_would_be_wrong(script, tmp_path, monkeypatc
         (root / file).write_text(text)
     with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
         script(make_lt, *OWN, root, *args.split())
+    assert {path.name for path in root.glob("*.*")} <= {file}  # no list was written

@@ -70,19 +70,20 @@ def workers_per_rank():
 # ---- list files
 
 def find_list(root, name):
-    """The path of the list file `name`: below root if it is there, so that no stray file hides it, or else as given."""
+    """The path of the list file `name`, below root if it is there. Otherwise the name is taken as given."""
     file = Path(root) / name
     return file if file.is_file() else Path(name)
 
 
 def read_list(root, name):
     """Paths (str, below root) and labels (N,) int64 of a list file. The published lists have lines like
-    `train/n01440764/x.JPEG 0` or `/n01440764/x.JPEG 0`; the latter means root/train. However a list spells the path of
-    an image, it is returned in one form, so that lists can be compared."""
+    `train/n01440764/x.JPEG 0` or `/n01440764/x.JPEG 0`; the latter means root/train. An image gets one
+    path, however a list spells it, so that lists can be compared."""
     file = find_list(root, name)
     if not file.is_file():
-        sys.exit(f"error: {name}: no such list file, neither in {root} nor here; make_lt.py writes lists")
-    # without the mark that Windows puts first; a file name in another encoding keeps its bytes
+        sys.exit(f"error: {name}: no such list file, neither in {root} nor here; "
+                 "make_lt.py writes lists")
+    # utf-8-sig drops Windows' byte order mark; surrogateescape keeps names in another encoding
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     paths, labels = [], []
     for number, line in enumerate(text.split("\n"), 1):
@@ -93,7 +94,7 @@ def read_list(root, name):
             sys.exit(f"error: {file}, line {number}: expected `relative/path label`, got `{line}`")
         path = "train" + path if path.startswith("/") else path
         path = posixpath.normpath(path.rstrip().replace("\\", "/"))
-        if path.startswith("../"):  # it may lead into root again
+        if path.startswith("../"):  # it may lead back into root
             path = Path(os.path.relpath(Path(root, path), root)).as_posix()
         paths.append(path)
         labels.append(int(label))
@@ -118,8 +119,8 @@ def refuse_overlap(root, train, val):
 
 
 def class_names(root, name):
-    """{label: class folder} of a list: of the first level of folders that go one to one with the labels, as in
-    train/<class>/x.jpg. {} if none does."""
+    """{label: class folder} of a list. The class folders are the first level of folders that correspond one to one to
+    the labels, as in train/<class>/x.jpg. {} if no level does."""
     paths, labels = read_list(root, name)
     folders = [path.split("/")[:-1] for path in paths]
     for level in range(min(map(len, folders))):
@@ -135,23 +136,27 @@ def refuse_other_classes(trained, root, name):
     shared = set(names.values()) & set(trained.values())
     for c in names.keys() & trained.keys():
         if shared and names[c] != trained[c]:
-            sys.exit(f"error: label {c} is class {names[c]} in {name}, but {trained[c]} in the training list; "
-                     "number the classes of the two alike")
+            sys.exit(f"error: label {c} is class {names[c]} in {name}, but {trained[c]} in the "
+                     "training list; number the classes alike in both")
     if names and trained and not shared:
-        ddp.print0(f"no class folder of {name} is one of the training list, so their labels cannot be compared")
+        ddp.print0(f"no class folder of {name} is in the training list, so nothing shows whether "
+                   "their labels agree")
 
 
 def small_dataset(root, paths):
-    """The entry of DATASETS for small images, by the median of a hundred longer sides; None for photographs."""
-    sides = []
+    """The entry of DATASETS for images of at most 64 px, or None. The median longer side of a hundred images counts."""
+    sides = []  # broken images are left out here and named when they are trained on
     for path in paths[::max(1, len(paths) // 100)]:
         with contextlib.suppress(Exception), Image.open(Path(root, path)) as image:
-            sides.append(max(image.size))                                 # of a broken image training will speak
+            sides.append(max(image.size))
+    side = np.median(sides) if sides else math.inf
     for name in ("small", "small64"):
-        if sides and np.median(sides) <= DATASETS[name]["pixels"]:
-            ddp.print0(f"images of {np.median(sides):.0f} px: the data set is {name}, with {DATASETS[name]['pixels']} "
-                       "px and CIFAR's settings")
+        pixels = DATASETS[name]["pixels"]
+        if side <= pixels:
+            ddp.print0(f"images of {side:.0f} px: the data set is {name}, with {pixels} px and "
+                       "CIFAR's settings")
             return name
+    return None
 
 
 def groups(counts):
@@ -419,8 +424,8 @@ class Draws(Sampler):
         if not self.counts.all():
             empty = int(self.counts.argmin())
             why = ": do the labels begin at 1?" if empty == 0 else ""
-            sys.exit(f"error: class {empty} has no image in the training list{why}; number the classes from 0 "
-                     "without a gap, and pass that list as --list")
+            sys.exit(f"error: class {empty} has no image in the training list{why}; number the "
+                     "classes from 0 without a gap, and pass that list as --list")
 
     def set_epoch(self, epoch):
         self.epoch = epoch

@@ -89,8 +89,8 @@ def sizes_by_class(classes, sizes):
 
 
 def largest_that_fits(available, imbalance, alpha=1.0):
-    """The largest n_max whose exponential sizes, or those with this alpha, are at most `available` (C,), which has the
-    largest class first."""
+    """The largest n_max for which the sizes of this alpha are at most `available` (C,), which has the largest class
+    first. alpha = 1 is the exponential long tail itself."""
     for n_max in range(available[0], 1, -1):
         sizes = alpha_counts(exponential_counts(len(available), n_max, imbalance), alpha)
         if (sizes <= available).all():
@@ -156,8 +156,8 @@ def class_split(C, rule):
 # ---- files and table
 
 def write(files, overwrite=False):
-    """Write {file: text}, each whole or not at all. If one exists with other content, nothing is written: runs may have
-    been trained on it."""
+    """Write {file: text}, each whole or not at all. Nothing is written if a file exists with other content, since runs
+    may have been trained on it."""
     changed = {}
     for file, text in files.items():
         content = text.encode("utf-8", "surrogateescape")  # a file's name keeps its bytes
@@ -301,8 +301,8 @@ def long_tail(args, full):
         classes = np.argsort(-available, kind="stable")           # largest first
         n_max = args.n_max or largest_that_fits(available[classes], args.imbalance)
         sizes = exponential_counts(C, n_max, args.imbalance)
-        print(f"the largest class of the long tail has {n_max} images, the smallest {sizes[-1]}, an imbalance of "
-              f"{n_max / max(1, sizes[-1]):.1f}; --n-max changes it")
+        print(f"the largest class of the long tail has {n_max} images, the smallest {sizes[-1]}, "
+              f"an imbalance of {n_max / max(1, sizes[-1]):.1f}; --n-max changes it")
         return sizes_by_class(classes, sizes), [[]] * C
 
     tail, images = read_tail(args.data, args.long_tail, C)
@@ -321,11 +321,12 @@ def print_left_out(name, sizes, available, names, args):
         remedy = f"; --n-max {n_max} would do"
         if n_max < args.imbalance:  # no image would be left for the smallest class
             remedy = "; a smaller --imbalance would do"
-    print(f"left out: train_{name}.txt: class {names[c]} has {available[c]} images, {sizes[c]} wanted{remedy}")
+    print(f"left out: train_{name}.txt: class {names[c]} has {available[c]} images, "
+          f"{sizes[c]} wanted{remedy}")
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be in an encoding that cannot be printed
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every name of a folder can be printed
     args = parse_args()
     root, out = args.data, args.out
 
@@ -356,7 +357,7 @@ def main():
     there = [held.union(paths) for paths, held in zip(full, held_out)]
     full = [set(paths) - held for paths, held in zip(full, held_out)]
 
-    # the base long tail; a list from elsewhere may name other files or classes, or contain images held out here
+    # the base long tail; a list from elsewhere may have other files or classes, or images held out here
     tail, tail_images = long_tail(args, full)
     sources.refuse_strangers(tail_images, args.long_tail, there)
     for paths, held in zip(tail_images, held_out):
@@ -391,7 +392,7 @@ def main():
         dataset = small_dataset(root, sum(splits["train_full"], [])) or dataset
     write_table(out, dataset, sizes)
 
-    # train_rep.py's defaults are meant for a hundred thousand photographs, or CIFAR's ten thousand small images
+    # train_rep.py's defaults are meant for a hundred thousand photographs, or for CIFAR
     if args.dataset == "folder":
         batch, queue = (256, 65536) if dataset == "folder" else (128, 4096)
         queue = min(queue, 2 ** int(math.log2(sum(sizes["train_lt"]))))

@@ -93,14 +93,15 @@ def unpack_cifar(root, dataset):
         if (root / part).is_dir():
             sizes = [len(paths) for paths in scan(root, part)[1]]
             if sizes != [total // C] * C:
-                sys.exit(f"error: {dataset} has {C} classes of {total // C} images, {root / part} has {len(sizes)} "
-                         f"of {min(sizes)} to {max(sizes)}; pass another --data, or --dataset folder")
+                sys.exit(f"error: {dataset} has {C} classes of {total // C} images, {root / part} "
+                         f"has {len(sizes)} of {min(sizes)} to {max(sizes)}; pass another --data, "
+                         "or --dataset folder")
             continue
         try:
             images = kind(root, train=part == "train", download=True)
         except (OSError, RuntimeError) as error:
-            sys.exit(f"error: no download of {dataset} ({error}); put {kind.filename} of "
-                     f"www.cs.toronto.edu/~kriz/cifar.html, or class folders of its images, into {root}")
+            sys.exit(f"error: no download of {dataset} ({error}); put {kind.filename} of www.cs."
+                     f"toronto.edu/~kriz/cifar.html, or class folders of its images, into {root}")
         with tempfile.TemporaryDirectory(dir=root) as tmp:  # renamed when it is complete
             for i, (image, label) in enumerate(tqdm(images, desc=f"{dataset} {part}", leave=False)):
                 file = Path(tmp, part, images.classes[label], f"{i:05d}.png")
@@ -135,20 +136,22 @@ def read_split(root, name, C=0):
 
 
 def refuse_strangers(split, name, there):
-    """Exit if the split of the list `name` has images that are not in the split `there`, or of another class there."""
+    """Exit if the split of the list `name` has images that the split `there` has not, or has in another class."""
     class_of = {path: c for c, paths in enumerate(there) for path in paths}
     images = [(path, c) for c, paths in enumerate(split) for path in paths]
     missing = [path for path, _ in images if path not in class_of]
     if missing:
-        sys.exit(f"error: {name} names {len(missing)} images that are not there (first: {missing[0]})")
+        sys.exit(f"error: {name} names {len(missing)} images that are not there "
+                 f"(first: {missing[0]}); restore them, or remove their lines")
     for path, c in images:
         if class_of[path] != c:
-            sys.exit(f"error: {path} has label {c} in {name}, but its folder is class {class_of[path]} of the "
-                     f"{len(there)} sorted class folders; the list belongs to other data")
+            sys.exit(f"error: {path} has label {c} in {name}, but its folder is class "
+                     f"{class_of[path]} of the {len(there)} sorted class folders; the list belongs "
+                     "to other data")
 
 
 def files_below(root, folder):
-    """The files in root/folder and its subfolders, relative to root and sorted. Hidden ones do not count."""
+    """The paths, relative to root and sorted, of the files in root/folder and its subfolders, without hidden ones."""
     found = []
     for parent, folders, files in os.walk(root / folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -179,7 +182,7 @@ def scan(root, folder):
                 print(f"{len(files) - len(images)} files of {name} are no images by their ending")
         elif not name.endswith(("_source", "_target")):  # those contain lists
             print(f"not a class: {root / folder / name} contains no image")
-    # a single class with all images in subfolders: its subfolders are the classes
+    # where a single class has all its images in subfolders, those are the classes
     above = len(names) == 1 and not any(Path(path).parent.name == names[0] for path in split[0])
     if not names or above:
         sys.exit(f"error: {root / folder} contains no <class>/<image>; "
@@ -190,7 +193,8 @@ def scan(root, folder):
 def hold_out(full, n, seed, names, part):
     """The split of n random images of each class. n None means HOLDOUT, but at most a fifth of the class."""
     if n is None:
-        print(f"{HOLDOUT} images per class, but at most a fifth, are held out for {part}.txt; --holdout 0 keeps them")
+        print(f"{HOLDOUT} images per class, but at most a fifth, are held out for {part}.txt; "
+              "--holdout 0 keeps them")
     rng = np.random.RandomState(seed)
     held = []
     for name, paths in zip(names, full):

@@ -99,7 +99,7 @@ def parse_args():
                    help="what splits.json in --data says, else imagenet; without --data digits; "
                         "a folder of images of at most 64 px is small or small64")
     p.add_argument("--data", help="the folder that the list's paths start from")
-    p.add_argument("--list", help="one `path label` per line, as given or in --data; the long tail")
+    p.add_argument("--list", help="one `path label` per line, in --data or as given; the long tail")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive", "bilateral"),
                    help="which images are drawn: instance, every image once; bbn bilateral")
     p.add_argument("--aug", choices=data.AUGMENTATIONS, help=default_of("aug"))
@@ -162,8 +162,8 @@ def parse_args():
 
 
 def dataset_of(args):
-    """The data set: --dataset, or what splits.json says, which make_lt.py writes next to the lists. If that is a folder
-    of one's own, or unknown, the size of the images decides."""
+    """The data set: --dataset, or what splits.json says, which make_lt.py writes next to the lists. If it is unknown
+    or a folder of one's own, its images may be small."""
     if args.data is None:
         return args.dataset or "digits"
     list_name = args.list or data.LISTS["train"]

@@ -271,6 +271,25 @@ def test_bad_input_is_one_sentence(script, heads, flags, sentence, monkeypatch):
     assert str(error.value).startswith("error: ") and sentence in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("flags", [("--list",), ("--groups",), ("--tau-norm", "--val")])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_list_that_numbers_the_classes_otherwise(script, heads, tmp_path, flags, older):
+    """Also if the training list is gone, unless the head.pt is an older one: then it is the list that knows."""
+    head, root = torch.load(heads[0], weights_only=True), heads[0].parent.parent
+    for name in ("test", "val", "lt"):
+        lines = [line.split() for line in (root / f"{name}.txt").read_text().splitlines()]
+        (tmp_path / f"{name}.txt").write_text("".join(f"{path} {(int(c) + 1) % 10}\n" for path, c in lines))
+    if not older:
+        head |= {"class_names": {c: str(c) for c in range(10)}, "list": str(tmp_path / "gone.txt"), "counts_of": str(tmp_path / "gone.txt")}
+    shutil.copy(heads[0].with_name("backbone.pt"), tmp_path)
+    torch.save(head, tmp_path / "head.pt")
+    name = {"--list": "test.txt", "--groups": "lt.txt", "--val": "val.txt"}[flags[-1]]
+    test = () if "--list" in flags else ("--list", root / "test.txt")
+    with pytest.raises(SystemExit, match=rf"error: label \d is class \d in \S*{name}, but \d in the training list; number"):
+        script(evaluate, tmp_path / "head.pt", *test, *flags, tmp_path / name, "--workers", 0)
+    assert not list(tmp_path.glob("eval*.json"))
+
+
 def test_another_list_of_the_same_name_is_noticed(heads, tmp_path):
     head = torch.load(heads[0], weights_only=True)
     torch.save({**head, "list_sha256": "0"}, tmp_path / "head.pt")

@@ -1,5 +1,6 @@
 """Stage 2: heads side by side against each alone and a literal loop, cached features, what val chooses, resuming."""
 import json
+import re
 import shutil
 import sys
 from argparse import Namespace
@@ -349,6 +350,23 @@ def test_bad_input_is_one_sentence(linear, args, sentence):
         linear(*args)
     text = str(error.value)
     assert text.startswith("error: ") and sentence in text and "\n" not in text
+
+
+@pytest.mark.parametrize("which", ["val", "list"])
+def test_a_list_that_numbers_the_classes_otherwise(script, digits, run, tmp_path, which):
+    """Than the training list if it chooses, than the backbone's if it trains: no score and no group would be right."""
+    for name in ("backbone.pt", "small.txt", "val.txt"):
+        shutil.copy(run / name, tmp_path)
+    settings = dict(arch="resnet8s", dataset="digits", data=str(digits), list=str(tmp_path / "small.txt"), loss="kcl",
+                    list_sha256=checkpoint.sha256(tmp_path / "small.txt"))
+    (tmp_path / "log.jsonl").write_text(json.dumps({"settings": settings}) + "\n")
+    lines = [line.split() for line in (tmp_path / {"val": "val.txt", "list": "small.txt"}[which]).read_text().splitlines()]
+    (tmp_path / "shift.txt").write_text("".join(f"./{path} {(int(c) + 1) % 10}\n" for path, c in lines))
+    flags = ("--val", "none", "--lr", 1) if which == "list" else ()
+    with pytest.raises(SystemExit) as error:
+        script(train_linear, tmp_path / "backbone.pt", f"--{which}", tmp_path / "shift.txt", *flags, "--epochs", 1)
+    assert re.fullmatch(r"error: label \d is class \d in \S+, but \d in the training list; number .*", str(error.value))
+    assert not (tmp_path / "linear-lt").exists()
 
 
 def test_a_head_is_no_backbone(script, run, digits):

@@ -21,12 +21,16 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import two_ranks
+from PIL import Image
 
 import baselines
 import checkpoint
 import data
 import ddp
+import evaluate
 import kcl
+import make_lt
+import train_linear
 import train_rep
 from resnet import ARCHS, load_backbone, with_head
 
@@ -474,6 +478,68 @@ def test_defaults(monkeypatch, tmp_path):
     assert [train_rep.learning_rate(1, "step", t) for t in (0.59, 0.6, 0.8)] == pytest.approx([1, 0.1, 0.01])
 
 
+@pytest.mark.parametrize("flags, images, splits, dataset", [
+    ("", "", "cifar100", "cifar100"), ("--dataset imagenet", "32", "small", "imagenet"), ("", "", "", "imagenet"),
+    ("--list own.txt", "32", "", "small"), ("--list own.txt", "300", "", "imagenet"), ("--list ../here/own.txt", "60", "", "small64"),
+    ("--dataset folder", "28", "folder", "small"), ("--dataset folder", "300", "folder", "folder"), ("", "48", "folder", "small64"),
+    ("--dataset folder --list own.txt", "28", "", "small"), ("--dataset digits", "32", "folder", "digits")])
+def test_which_data_set_it_is(tmp_path, monkeypatch, flags, images, splits, dataset):
+    """By a flag, by splits.json, or by the size of the images; never by what lies in the working directory."""
+    root, here = tmp_path / "X", tmp_path / "here"
+    root.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "splits.json").write_text('{"dataset": "cifar10"}') if "here" not in flags else None
+    (here / "train_lt.txt").write_text("stray.png 0\n")
+    if splits:
+        (root / "splits.json").write_text(json.dumps({"dataset": splits}))
+    if images:
+        Image.new("RGB", (int(images), 20)).save(root / "a.png")
+        for name in (root / "train_lt.txt", root / "own.txt") if "here" not in flags else (here / "own.txt",):
+            name.write_text("a.png 0\n")
+    monkeypatch.setattr(sys, "argv", ["train_rep.py", "--data", str(root), *flags.split()])
+    args = train_rep.parse_args()
+    assert args.dataset == dataset
+    if dataset.startswith("small"):
+        assert (args.arch, args.aug, args.batch, args.queue, args.virtual_gpus) == ("resnet32", "cifar", 128, 4096, 1)
+
+
+def test_a_folder_of_small_images_keeps_its_size_in_every_stage(script, tmp_path, capsys):
+    """Images of several sizes and kinds, one folder deeper too, from make_lt.py's lists to the table."""
+    rng, root = np.random.RandomState(0), tmp_path / "X"
+    for c, n in enumerate((16, 9)):
+        (root / f"c{c}/deeper").mkdir(parents=True)
+        for i in range(n):
+            image = Image.fromarray(rng.randint(0, 256, (32 - i, 24 + c, 3), np.uint8)).convert("L" if i % 3 else "RGB")
+            image.save(root / f"c{c}" / ("deeper" if i % 2 else ".") / f"{i}.{('png', 'gif', 'jpg')[i % 3]}")
+    script(make_lt, "--dataset", "folder", "--data", root)
+    flags = "--loss ce --arch resnet8 --epochs 1 --batch 4".split()
+    script(train_rep, *flags, "--data", root, "--out", tmp_path / "run")
+    script(train_linear, tmp_path / "run/backbone.pt", "--epochs", 1, "--batch", 4)
+    capsys.readouterr()
+    script(evaluate, tmp_path / "run/head.pt", tmp_path / "run/linear-lt/head.pt", "--workers", 0)
+    assert "| run | " in capsys.readouterr().out
+    for file in ("head.pt", "linear-lt/head.pt"):
+        head = torch.load(tmp_path / "run" / file, weights_only=True)
+        assert (head["dataset"], head["pixels"], head["resize"]) == ("small", 32, 32)
+        assert head["class_names"] == {0: "c0", 1: "c1"}
+        row = json.loads((tmp_path / "run" / file.replace("head.pt", "eval.json")).read_text())
+        assert row["images"] == len((root / "test.txt").read_text().splitlines())
+
+
+@pytest.mark.parametrize("first, sentence", [(1, "class 0 has no image in the training list: do the labels begin at 1?"),
+                                             (0, "class 3 has no image in the training list; number the classes from 0")])
+def test_a_list_with_an_empty_class_ends_stage_1_at_once(small, script, tmp_path, first, sentence):
+    """Stage 2 could not use the backbone of such a list."""
+    labels = {c: c + first if first else c + (c >= 3) for c in range(10)}
+    lines = [line.rsplit(" ", 1) for line in small[3].read_text().splitlines()]
+    (tmp_path / "l.txt").write_text("".join(f"{path} {labels[int(c)]}\n" for path, c in lines))
+    for loss in ("kcl", "ce"):
+        with pytest.raises(SystemExit) as error:
+            script(train_rep, *SETTINGS, *small[:2], "--list", tmp_path / "l.txt", "--loss", loss, "--out", tmp_path / "run")
+        assert f"error: {sentence}" in str(error.value) and not (tmp_path / "run").exists()
+
+
 def test_help_shows_the_table_of_defaults(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_rep.py", "-h"])
     with pytest.raises(SystemExit):
@@ -582,6 +648,12 @@ def test_val_image_beside_a_list_elsewhere(small, script, tmp_path):
     (tmp_path / "val.txt").write_text(lines.splitlines()[0] + "\n")
     with pytest.raises(SystemExit, match="error: 1 images of the validation list .*val.txt are in the training list"):
         script(train_rep, *SETTINGS, *small[:2], "--list", tmp_path / "train_lt.txt", "--out", tmp_path / "run")
+
+
+def test_a_stray_val_list_is_not_the_data_sets(small, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "val.txt").write_text(small[3].read_text())
+    script(train_rep, *SETTINGS, *small, "--loss", "ce", "--epochs", 1, "--out", tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(small, script, tmp_path):

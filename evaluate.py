@@ -144,18 +144,6 @@ def images_of(head, name):
     return dataset
 
 
-def class_names(images):
-    """Of each class the folder of its images, below the folder that all images share; or its label."""
-    folders, names = {}, []
-    for path, label in zip(images.paths, images.labels.tolist()):
-        folders.setdefault(label, set()).add(os.path.dirname(path))
-    shared = os.path.commonpath(set().union(*folders.values())) or "."
-    for label in sorted(folders):
-        name = os.path.relpath(os.path.commonpath(folders[label]) or ".", shared)
-        names.append(name if name != "." else str(label))
-    return names
-
-
 def evaluate(heads, args, device):
     """The table's rows for heads of one backbone, which encodes each list once: 50,000 x 2048 x 4 B = 0.4 GB for the
     test list of ImageNet."""
@@ -312,7 +300,7 @@ def main():
         spec = data.DATASETS[head["dataset"]]
         default = data.beside(head["data"], head["list"], spec["test"])
         head["test"] = images_of(head, args.list or default)
-        head["classes"] = class_names(head["test"])
+        head["classes"] = [head["class_names"].get(c, str(c)) for c in range(len(head["weight"]))]
         head["prefix"] = "" if head["test"].name == default else f"on_{Path(args.list).stem}_"
         if args.tau_norm and head["protocol"].startswith("joint CE"):  # trained along with its backbone
             val = args.val or data.beside(head["data"], head["list"], spec["val"])

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -134,17 +133,6 @@ def test_table_of_an_uneven_test_list(capsys):
     assert cells[0][2:5] == ["top-1", "class mean", "top-5"] and cells[2][2:4] == ["60.0", "50.0"]
     assert cells[4][3] == "60.0 +- 14.1" and len({len(line) for line in cells[:5]}) == 1
     assert any(line.startswith("There are 1 to 100 images per class: top-1 and top-5 count images, all others classes") for line in lines)
-
-
-@pytest.mark.parametrize("paths, names", [
-    (["train/ant/a.jpg", "train/bee/a.jpg"], ["ant", "bee"]),
-    (["train/ant/red/a.jpg", "train/ant/b.jpg", "train/bee/x/a.jpg"], ["ant", "bee/x"]),
-    (["ant/a.jpg", "val/bee/a.jpg"], ["ant", "val/bee"]),
-    (["a.jpg", "b.jpg"], ["0", "1"]), (["all/a.jpg", "all/b.jpg"], ["0", "1"]), (["all/a.jpg", "all/bee/b.jpg"], ["0", "bee"]),
-    (["../x/ant/a.jpg", "../x/bee/a.jpg"], ["ant", "bee"])])
-def test_class_names_are_their_folders(paths, names):
-    labels = torch.tensor([0] * (len(paths) - 1) + [1])
-    assert evaluate.class_names(Namespace(paths=paths, labels=labels)) == names
 
 
 # ---- heads

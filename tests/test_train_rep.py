@@ -424,7 +424,7 @@ def test_an_architecture_of_your_own(loss, small, script, tmp_path, monkeypatch)
     monkeypatch.setitem(ARCHS, "mine", partial(Mine, last="out"))
     with pytest.raises(SystemExit, match="^error: mine must end in an nn.Linear called fc"):
         script(train_rep, *settings, "--out", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "other/log.jsonl").exists()
 
 
 def test_amp_and_compile(small, script, tmp_path, monkeypatch):

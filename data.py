@@ -139,8 +139,7 @@ def refuse_other_classes(trained, root, name):
             sys.exit(f"error: label {c} is class {names[c]} in {name}, but {trained[c]} in the "
                      "training list; number the classes alike in both")
     if names and trained and not shared:
-        ddp.print0(f"no class folder of {name} is in the training list, so nothing shows whether "
-                   "their labels agree")
+        ddp.print0(f"no class folder of {name} is in the training list: do their labels agree?")
 
 
 def small_dataset(root, paths):
@@ -149,12 +148,10 @@ def small_dataset(root, paths):
     for path in paths[::max(1, len(paths) // 100)]:
         with contextlib.suppress(Exception), Image.open(Path(root, path)) as image:
             sides.append(max(image.size))
-    side = np.median(sides) if sides else math.inf
     for name in ("small", "small64"):
         pixels = DATASETS[name]["pixels"]
-        if side <= pixels:
-            ddp.print0(f"images of {side:.0f} px: the data set is {name}, with {pixels} px and "
-                       "CIFAR's settings")
+        if sides and np.median(sides) <= pixels:
+            ddp.print0(f"small images: the data set is {name}, with {pixels} px and CIFAR's settings")
             return name
     return None
 

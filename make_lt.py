@@ -19,7 +19,7 @@ What X must contain; the label of a class is its position in the sorted folder n
                test/<class>/<image>, its images in files of any type; same for cifar10
     folder     train/<class>/<image> or <class>/<image>. A folder val/ or test/ with the same classes is the test set.
                If X has both, val/ is the validation set. If it has neither, --holdout images per class are tested on.
-               Small images, of 64 px and less, get CIFAR's settings.
+               Images of 64 px and less get CIFAR's settings.
 A class may have subfolders. Names that begin with a dot are skipped.
 
 What is written to --out, which is X by default; ImageNet_LT_*.txt are not written again, and inat18 has its own lists:
@@ -318,9 +318,8 @@ def print_left_out(name, sizes, available, names, args):
     remedy = ""
     if args.long_tail == "exponential":
         n_max = largest_that_fits(np.sort(available)[::-1], args.imbalance, ALPHAS[name])
-        remedy = f"; --n-max {n_max} would do"
-        if n_max < args.imbalance:  # no image would be left for the smallest class
-            remedy = "; a smaller --imbalance would do"
+        # below the imbalance no image would be left for the smallest class
+        remedy = f"; --n-max {n_max} would do" if n_max >= args.imbalance else "; try a smaller --imbalance"
     print(f"left out: train_{name}.txt: class {names[c]} has {available[c]} images, "
           f"{sizes[c]} wanted{remedy}")
 

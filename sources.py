@@ -93,9 +93,8 @@ def unpack_cifar(root, dataset):
         if (root / part).is_dir():
             sizes = [len(paths) for paths in scan(root, part)[1]]
             if sizes != [total // C] * C:
-                sys.exit(f"error: {dataset} has {C} classes of {total // C} images, {root / part} "
-                         f"has {len(sizes)} of {min(sizes)} to {max(sizes)}; pass another --data, "
-                         "or --dataset folder")
+                sys.exit(f"error: {root / part} has not {C} classes of {total // C} images, as {dataset} "
+                         "has; pass another --data, or --dataset folder")
             continue
         try:
             images = kind(root, train=part == "train", download=True)
@@ -138,16 +137,10 @@ def read_split(root, name, C=0):
 def refuse_strangers(split, name, there):
     """Exit if the split of the list `name` has images that the split `there` has not, or has in another class."""
     class_of = {path: c for c, paths in enumerate(there) for path in paths}
-    images = [(path, c) for c, paths in enumerate(split) for path in paths]
-    missing = [path for path, _ in images if path not in class_of]
-    if missing:
-        sys.exit(f"error: {name} names {len(missing)} images that are not there "
-                 f"(first: {missing[0]}); restore them, or remove their lines")
-    for path, c in images:
-        if class_of[path] != c:
-            sys.exit(f"error: {path} has label {c} in {name}, but its folder is class "
-                     f"{class_of[path]} of the {len(there)} sorted class folders; the list belongs "
-                     "to other data")
+    lines = [f"{path} {c}" for c, paths in enumerate(split) for path in paths if class_of.get(path) != c]
+    if lines:
+        sys.exit(f"error: {name} names {len(lines)} images that are not there or have another label "
+                 f"(first: {lines[0]}); a label is the position of its class folder in sorted order")
 
 
 def files_below(root, folder):
@@ -166,8 +159,7 @@ def scan(root, folder):
     expect(root / folder, "the folder of <class>/<image>")
     names, split = [], []
     entries = [entry for entry in os.scandir(root / folder) if not entry.name.startswith(".")]
-    loose = sum(entry.name.lower().endswith(IMAGES) for entry in entries)
-    if loose:
+    if loose := sum(entry.name.lower().endswith(IMAGES) for entry in entries):
         print(f"{loose} images of {root / folder} are in no class folder")
     folders = sorted(entry.name for entry in entries if entry.is_dir())
     for name in tqdm(folders, desc=f"{root / folder}", unit="class", leave=False):
@@ -193,8 +185,7 @@ def scan(root, folder):
 def hold_out(full, n, seed, names, part):
     """The split of n random images of each class. n None means HOLDOUT, but at most a fifth of the class."""
     if n is None:
-        print(f"{HOLDOUT} images per class, but at most a fifth, are held out for {part}.txt; "
-              "--holdout 0 keeps them")
+        print(f"{HOLDOUT} images per class, or a fifth, are held out for {part}.txt; --holdout 0 keeps them")
     rng = np.random.RandomState(seed)
     held = []
     for name, paths in zip(names, full):

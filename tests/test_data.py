@@ -135,7 +135,7 @@ ANT_BEE = "train/ant/1.jpg 0\ntrain/ant/red/2.jpg 0\ntrain/bee/1.jpg 1\n"
     (ANT_BEE, "./ant/1.jpg 1\nbee/1.jpg 2\n", "label 1 is class ant in l.txt, but bee"),                 # labels from 1
     (ANT_BEE, "test/bee/7.jpg 1\ntest/bee/red/8.jpg 1\ntest/ant/1.jpg 0\n", None),
     (ANT_BEE, "1.jpg 1\n2.jpg 0\n", None),                                                              # no folders
-    (ANT_BEE, "v2/0/1.jpg 0\nv2/1/1.jpg 1\n", "no class folder of l.txt is in the training list, so"),   # only said
+    (ANT_BEE, "v2/0/1.jpg 0\nv2/1/1.jpg 1\n", "no class folder of l.txt is in the training list: do"),   # only said
     ("p1/l.jpg 0\np2/l.jpg 1\np3/l.jpg 1\n", "p1/r.jpg 1\np2/r.jpg 1\np3/r.jpg 0\n", None)])          # eyes of patients
 def test_class_folders_of_two_lists_have_one_numbering(tmp_path, capsys, train, here, sentence):
     (tmp_path / "train.txt").write_text(train)

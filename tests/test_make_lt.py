@@ -258,7 +258,7 @@ def test_imagenet_lt_without_one_of_its_files(script, imagenet, tmp_path, part, 
     lines = (imagenet / f"ImageNet_LT_{part}.txt").read_text().splitlines()
     gone = next(line.split()[0] for line in lines if line.startswith(file))
     (imagenet / gone).unlink()
-    with pytest.raises(SystemExit, match=f"^error: ImageNet_LT_{part}.txt names 1 images that are not there .first: {gone}.;"):
+    with pytest.raises(SystemExit, match=f"^error: ImageNet_LT_{part}.txt names 1 images that are not there .*first: {gone} \\d.;"):
         script(make_lt, "--dataset", "imagenet", "--data", imagenet, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -300,7 +300,7 @@ def test_one_class(script, tmp_path):
 @pytest.mark.parametrize("sizes, args, said", [
     ([40, 14, 9], "--holdout 3 --n-max 30 --imbalance 9",
      {"lt0": "class class2 has 6 images, 14 wanted; --n-max 14 would do", "lt6": "class class1 has 11 images, 13 wanted; --n-max 28"}),
-    ([400, 30, 9], "--holdout 0 --n-max 270 --imbalance 90", {"lt0": "class class2 has 9 images, 100 wanted; a smaller --imbalance"})])
+    ([400, 30, 9], "--holdout 0 --n-max 270 --imbalance 90", {"lt0": "class class2 has 9 images, 100 wanted; try a smaller --imbalance"})])
 def test_what_would_fit_is_said_and_fits(script, tmp_path, capsys, sizes, args, said):
     root = folder(tmp_path / "X", train=sizes, test=[2] * 3)
     script(make_lt, *OWN, root, "--long-tail", "exponential", *args.split(), "--out", tmp_path / "out")
@@ -318,7 +318,7 @@ def test_what_would_fit_is_said_and_fits(script, tmp_path, capsys, sizes, args, 
 
 
 def test_what_is_held_out_is_said_where_nobody_asked_for_it(script, tmp_path, capsys):
-    root, held = folder(tmp_path, train=[30, 200]), "20 images per class, but at most a fifth, are held out for val.txt; --holdout 0"
+    root, held = folder(tmp_path, train=[30, 200]), "20 images per class, or a fifth, are held out for val.txt; --holdout 0"
     script(make_lt, *OWN, root)
     out = capsys.readouterr().out
     assert held in out and held.replace("val", "test") in out
@@ -386,8 +386,8 @@ def test_cifar10_from_its_pickles(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, sizes, sentence", [
-    ("jpg", [4999] + [5000] * 9, "cifar10 has 10 classes of 5000 images, .*/train has 10 of 4999 to 5000"),
-    ("ppm", [3, 400], "has 2 of 3 to 400"), ("", [], "no download of cifar10 .*; put cifar-10-python.tar.gz of www.cs.*, or class folders")])
+    ("jpg", [4999] + [5000] * 9, "/train has not 10 classes of 5000 images, as cifar10 has; pass another --data"),
+    ("ppm", [3, 400], "has not 10 classes"), ("", [], "no download of cifar10 .*; put cifar-10-python.tar.gz of www.cs.*, or class folders")])
 def test_what_is_not_cifar10(script, tmp_path, monkeypatch, kind, sizes, sentence):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
@@ -417,10 +417,10 @@ BACKWARDS = "".join(f"train/class{2 - c}/train_000.JPEG {c}\n" for c in range(3)
     ("train_lt.txt", "x 0", "", "X/train_lt.txt exists with other content; pass --overwrite, or another --out"),
     ("val/class9/a.png", "", "", "X/val has other classes than the training images: class9 is in one of them only"),
     ("lt.txt", EVERY, "--long-tail lt.txt", "the long tail contains train/class0/.* of the validation or test list"),
-    ("lt.txt", BACKWARDS, "--long-tail lt.txt", "train/class2/.* has label 0 in lt.txt, but its folder is class 2 of the 3 sorted class folders"),
-    ("lt.txt", BACKWARDS.replace("JPEG", "jpeg"), "--long-tail lt.txt", "lt.txt names 3 images that are not there .first: train/class2/"),
-    ("lt.txt", EVERY + "val/class0/9.JPEG 0", "--long-tail lt.txt", "lt.txt names 1 images that are not there .first: val/class0/9.JPEG"),
-    ("lt.txt", EVERY.replace("_007.JPEG 1", "_007.JPEG 2"), "--long-tail lt.txt", "train/class1/train_007.JPEG has label 2 in lt.txt, but"),
+    ("lt.txt", BACKWARDS, "--long-tail lt.txt", "lt.txt names 2 images that are not there or have another label .first: train/class2/train_000.JPEG 0."),
+    ("lt.txt", BACKWARDS.replace("JPEG", "jpeg"), "--long-tail lt.txt", "lt.txt names 3 images that are not there .* .first: train/class2/"),
+    ("lt.txt", EVERY + "val/class0/9.JPEG 0", "--long-tail lt.txt", "lt.txt names 1 images that are not there .*: val/class0/9.JPEG 0"),
+    ("lt.txt", EVERY.replace("_007.JPEG 1", "_007.JPEG 2"), "--long-tail lt.txt", "lt.txt names 1 images .* have another label .first: train/class1/train_007.JPEG 2"),
     ("sizes.txt", "3 4", "--long-tail X/sizes.txt", "sizes.txt has 2 classes, the training images have 3"),
     ("", "", "--long-tail exponential --n-max 60", "train_lt needs 60 images of class 0 .class0., which has 24 to train on; pass a smaller --n-max"),
     ("", "", "--holdout 30", "--holdout would take 30 of the 30 images of class class0 and leave none to train on"),

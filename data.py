@@ -1,5 +1,5 @@
 """
-What training, probing and evaluating must agree on: list files, images, augmentations, samplers.
+What training, probing and evaluating must agree on: list files, images, samplers.
 
 A data set is a folder and list files with one `relative/path label` per line. An image is decoded once for all of its
 views and stays uint8, a quarter of the bytes, until it is normalised on the device. Which images an epoch draws, and
@@ -18,13 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2 as T
 from tqdm import tqdm
 
+import augment
 import ddp
 
 try:
@@ -202,10 +201,10 @@ class ImageList(Dataset):
         if self.paths and not self.root.joinpath(self.paths[0]).is_file():
             sys.exit(f"error: {self.root / self.paths[0]}, the first image of {name}, is missing; --data names "
                      "the folder that the paths start from")
-        if aug is None or aug in BATCHED:                                 # InMemory augments the latter
+        if aug is None or aug in augment.BATCHED:                                 # InMemory augments the latter
             self.transform = center(spec["pixels"], spec["resize"])
         else:
-            self.transform = augmentation(aug, spec["pixels"])
+            self.transform = augment.augmentation(aug, spec["pixels"])
 
     def __len__(self):
         return len(self.paths)
@@ -244,151 +243,6 @@ def normalize(images, mean, std, device):
     images = images.to(device, non_blocking=True).float().div_(255)
     images.sub_(channels(tuple(mean), device)).div_(channels(tuple(std), device))
     return images.contiguous(memory_format=torch.channels_last)
-
-
-# ---- augmentations of one image, in a data worker
-
-class RandomResizedCrop(T.RandomResizedCrop):
-    """torchvision's, pixel for pixel, in 0.85 of its time: the uint8 kernel is slow on a view of a larger image."""
-
-    def forward(self, image):
-        params = self.make_params([image])
-        y, x, h, w = (params[name] for name in ("top", "left", "height", "width"))
-        crop = image[None, :, y:y + h, x:x + w].contiguous(memory_format=torch.channels_last)
-        return F.interpolate(crop, self.size, mode="bilinear", antialias=True)[0]
-
-
-def adjust_hue(image, turns):
-    """torchvision's adjust_hue of uint8 images (..., 3, H, W), to within one grey level, five times as fast. turns: a
-    number, or one per image (..., 1, 1).
-
-    Hues lie on a circle: red at 0, green at a third of a turn, blue at two thirds. A channel has the pixel's largest
-    value up to a sixth of a turn from its own hue, the smallest beyond two sixths, and is linear in between.
-    """
-    rgb = image.short()
-    r, g, b = rgb.unbind(-3)
-    low, high = rgb.amin(-3), rgb.amax(-3)                                # (..., H, W)
-    chroma = high - low
-
-    # a pixel is as far from pure red as it lacks red and has green and blue; 6 * chroma are a full turn
-    from_red = (high - r) + (g - low) + (b - low)
-    hue = torch.copysign(from_red, g - b)  # positive towards green, negative towards blue
-    hue = hue / (6 * chroma).clamp_(min=1) + turns  # grey has no hue: whatever it gets is times chroma 0
-
-    # in place, since fresh memory takes longer than the arithmetic
-    away = torch.stack([hue, hue - 1 / 3, hue - 2 / 3], dim=-3)           # (..., 3, H, W)
-    away.sub_(away.round()).abs_()  # the shorter way around the circle
-    share = away.mul_(-6).add_(2).clamp_(0, 1)
-    share.mul_(chroma.unsqueeze(-3)).add_(low.unsqueeze(-3))
-    return share.mul_(255.999 / 255).byte()  # rounds as torchvision does
-
-
-class ColorJitter(T.ColorJitter):
-    """torchvision's with our adjust_hue, since hue takes most of its time. The random numbers are the same."""
-
-    def transform(self, image, params):
-        for i in params["fn_idx"]:  # a random order of brightness, contrast, saturation and hue
-            if i == 3 and self.hue:
-                image = adjust_hue(image, params["hue_factor"])
-            else:
-                image = super().transform(image, params | {"fn_idx": [i]})
-        return image
-
-
-def augmentation(name, pixels):
-    """A random transform uint8 (3, H, W) -> uint8 (3, pixels, pixels)."""
-    flip = T.RandomHorizontalFlip()
-    planes = T.Lambda(torch.Tensor.contiguous)  # colours are computed a quarter faster on planes than on pixels
-    if name == "sup":  # the paper's for CE, KCL and FCL; scale 0.08 to 1
-        return nn.Sequential(RandomResizedCrop(pixels), flip)
-    if name == "lt":  # usual in long-tailed recognition
-        return nn.Sequential(RandomResizedCrop(pixels), flip, planes, ColorJitter(0.4, 0.4, 0.4, 0))
-    crop = RandomResizedCrop(pixels, (0.2, 1))
-    if name == "moco":  # MoCo v1: the paper's for CL
-        return nn.Sequential(crop, planes, T.RandomGrayscale(0.2), ColorJitter(0.4, 0.4, 0.4, 0.4), flip)
-    if name == "mocov2":
-        jitter = T.RandomApply([ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
-        blur = T.RandomApply([T.GaussianBlur(pixels // 20 * 2 + 1, (0.1, 2.0))], 0.5)  # a tenth of the image, as SimCLR
-        return nn.Sequential(crop, planes, jitter, T.RandomGrayscale(0.2), blur, flip)
-    raise ValueError(f"no augmentation {name}")
-
-
-# ---- augmentations of a batch of small images, in the device's memory
-
-def affine(images, u):
-    """Digits: rotation by 15 degrees, shift by a tenth, scale 0.85 to 1.15. A flip or a small crop would change the
-    class (2 and 5, 6 and 0). images uint8 (B, 3, H, W), u (B, 4) uniform in [0, 1)."""
-    H, W = images.shape[-2:]
-    angle, scale = (2 * u[:, 0] - 1) * math.radians(15), 0.85 + 0.3 * u[:, 3]
-    dx, dy = (0.1 * W * (2 * u[:, 1] - 1)).round(), (0.1 * H * (2 * u[:, 2] - 1)).round()    # whole pixels
-
-    # where the pixels of the output come from, in [-1, 1] coordinates: shifted, rotated and scaled back
-    x = (2 * (torch.arange(W, device=u.device) - dx[:, None]) + 1) / W - 1                   # (B, W)
-    y = (2 * (torch.arange(H, device=u.device) - dy[:, None]) + 1) / H - 1                   # (B, H)
-    x, y = x[:, None], y[:, :, None]
-    cos, sin = (angle.cos() / scale)[:, None, None], (angle.sin() / scale)[:, None, None]
-    grid = torch.stack([cos * x + sin * y, cos * y - sin * x], dim=3)                        # (B, H, W, 2)
-    return F.grid_sample(images.float(), grid, align_corners=False).round_().to(torch.uint8)
-
-
-def crop_flip(images, u, padding=4):
-    """CIFAR's random crop of the padded image, and flip. images uint8 (B, 3, H, W), u (B, 3) uniform in [0, 1)."""
-    B, _, H, W = images.shape
-    padded = F.pad(images, (padding,) * 4)
-    y, x = (u[:, :2, None] * (2 * padding + 1)).long().unbind(1)          # (B, 1) each
-    rows, columns = y + torch.arange(H, device=u.device), x + torch.arange(W, device=u.device)
-    columns = torch.where(u[:, 2:] < 0.5, columns, columns.flip(1))
-    image = torch.arange(B, device=u.device)[:, None, None]
-    return padded[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-
-
-def blend(images, others, ratio):
-    """ratio * images + (1 - ratio) * others, both (B, 1 or 3, H, W) in 0..255, rounded down as torchvision does."""
-    return (ratio * images + (1 - ratio) * others).clamp_(0, 255).floor_()
-
-
-def gray(images):
-    return (images * images.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True).floor_()
-
-
-def simclr(images, u):
-    """SimCLR's for CIFAR: a random crop of 0.2 to 1 of the area, flip, colour jitter (0.4, 0.4, 0.4, 0.1) of 0.8 of the
-    views, 0.2 in gray. As torchvision's transforms, but the four jitters always come in this order.
-
-    images uint8 (B, 3, H, W), u (B, 29) uniform in [0, 1).
-    """
-    B, _, H, W = images.shape
-    area, aspect, u = u[:, :10], u[:, 10:20], u[:, 20:, None, None, None]
-
-    # the first of ten boxes that fits into the image, as in RandomResizedCrop; one of 10^8 views has none
-    area, aspect = (0.2 + 0.8 * area) * H * W, ((2 * aspect - 1) * math.log(4 / 3)).exp()
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()                    # (B, 10)
-    first = ((w <= W) & (h <= H)).int().argmax(1, keepdim=True)
-    w, h = w.gather(1, first).clamp(max=W), h.gather(1, first).clamp(max=H)                  # (B, 1)
-    x0, y0 = (u[:, 0, 0, 0] * (W - w + 1)).floor(), (u[:, 1, 0, 0] * (H - h + 1)).floor()
-
-    # bilinear inside the box: pixel centers, clamped to those of the box, in grid_sample's [-1, 1]
-    def coordinates(start, length, side):                                                    # (B, side)
-        at = ((torch.arange(side, device=u.device) + 0.5) * length / side - 0.5).clamp(min=0)
-        return (2 * (start + at.minimum(length - 1)) + 1) / side - 1
-
-    x, y = coordinates(x0, w, W), coordinates(y0, h, H)
-    x = torch.where(u[:, 2, 0, 0] < 0.5, x, x.flip(1))
-    grid = torch.stack([x[:, None].expand(B, H, W), y[:, :, None].expand(B, H, W)], dim=3)
-    view = F.grid_sample(images.float(), grid, align_corners=False).round_()                 # (B, 3, H, W)
-
-    # brightness, contrast, saturation, hue
-    jittered = blend(view, view.new_zeros(()), 0.6 + 0.8 * u[:, 3])
-    jittered = blend(jittered, gray(jittered).mean((2, 3), keepdim=True), 0.6 + 0.8 * u[:, 4])
-    jittered = blend(jittered, gray(jittered), 0.6 + 0.8 * u[:, 5])
-    jittered = adjust_hue(jittered.byte(), 0.2 * u[:, 6, 0] - 0.1).float()
-    view = torch.where(u[:, 7] < 0.8, jittered, view)
-    return torch.where(u[:, 8] < 0.2, gray(view), view).byte()
-
-
-# name -> function, random numbers per view
-BATCHED = {"affine": (affine, 4), "cifar": (crop_flip, 3), "simclr": (simclr, 29)}
-AUGMENTATIONS = ("sup", "moco", "mocov2", "lt", *BATCHED)
 
 
 # ---- which images, in which order
@@ -483,7 +337,7 @@ class InMemory:
 
     def __init__(self, dataset, draws, device):
         self.draws, self.num_views, self.device = draws, dataset.num_views, device
-        self.augment, self.numbers = BATCHED[dataset.aug]
+        self.augment, self.numbers = augment.BATCHED[dataset.aug]
         images = [dataset[i][0][0] for i in range(len(dataset))]
         self.images = torch.stack(images).to(device)                      # (N, 3, H, W) uint8
         self.labels = dataset.labels.to(device)
@@ -514,7 +368,7 @@ def collate(samples):
 
 def train_loader(dataset, draws, workers, device):
     """Batches of this rank's share: ([uint8 (b, 3, H, W)] * views, labels (b,), indices (b,))."""
-    if dataset.aug in BATCHED:
+    if dataset.aug in augment.BATCHED:
         return InMemory(dataset, draws, device)
     # with a generator of its own the loader draws nothing from the run's stream
     return DataLoader(dataset, draws.per_rank, sampler=draws, num_workers=workers, collate_fn=collate,

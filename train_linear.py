@@ -29,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import augment
 import checkpoint
 import data
 import ddp
@@ -72,7 +73,7 @@ def parse_args():
     p.add_argument("--val", help="list that chooses a classifier, or none; default: the data set's")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"),
                    help="lt: class, rep: instance")
-    p.add_argument("--aug", choices=data.AUGMENTATIONS, help="augmentation of streamed features")
+    p.add_argument("--aug", choices=augment.AUGMENTATIONS, help="augmentation of streamed features")
     p.add_argument("--workers", type=int, help="data workers per rank")
     # optimisation
     p.add_argument("--lr", type=float, nargs="+", help=f"{LR_GRID}; with --val none see the end")

@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import augment
 import baselines
 import checkpoint
 import data
@@ -102,7 +103,7 @@ def parse_args():
     p.add_argument("--list", help="one `path label` per line, in --data or as given; the long tail")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive", "bilateral"),
                    help="which images are drawn: instance, every image once; bbn bilateral")
-    p.add_argument("--aug", choices=data.AUGMENTATIONS, help=default_of("aug"))
+    p.add_argument("--aug", choices=augment.AUGMENTATIONS, help=default_of("aug"))
     p.add_argument("--workers", type=int, help="per rank: its share of the cores; digits 0")
     # optimisation
     p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help=default_of("arch"))

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+import augment
 import checkpoint
 import data
 import ddp
@@ -228,7 +229,7 @@ def test_an_image_that_does_not_decode_is_named(photos):
 
 def test_crop_and_flip_are_torchvisions_pixel_for_pixel():
     """From the same random numbers, which they draw in the same order."""
-    image, ours = pixels(photo(200, 150)), data.augmentation("sup", 64)
+    image, ours = pixels(photo(200, 150)), augment.augmentation("sup", 64)
     theirs = v2.Compose([v2.RandomResizedCrop(64), v2.RandomHorizontalFlip()])
     for seed in range(40):
         out = []
@@ -252,11 +253,11 @@ def test_hue_is_torchvisions_to_one_level(name):
     image = COLOURS[name]
     before, differ, turns = image.clone(), [], [i / 60 for i in range(-30, 31)] + [-1e-4, 1e-4, -0.4999, 0.4999]
     for turn in turns:
-        ours, theirs = data.adjust_hue(image, turn), v2.functional.adjust_hue(image, turn)
+        ours, theirs = augment.adjust_hue(image, turn), v2.functional.adjust_hue(image, turn)
         assert ours.dtype == torch.uint8 and (ours.int() - theirs.int()).abs().max() <= 1
         differ.append((ours != theirs).double().mean().item())
     assert np.mean(differ) < 1e-3
-    assert (data.adjust_hue(image, 0.0).int() - image.int()).abs().max() <= 1
+    assert (augment.adjust_hue(image, 0.0).int() - image.int()).abs().max() <= 1
     assert torch.equal(image, before)
 
 
@@ -265,21 +266,21 @@ def test_hue_of_known_colours():
     circle = [[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 255], [255, 0, 255]]
     image = torch.tensor([*circle, [77, 77, 77]], dtype=torch.uint8).T[:, None]            # (3, 1, 7)
     for sixths in range(-3, 4):
-        turned = data.adjust_hue(image, sixths / 6)[:, 0].T.tolist()
+        turned = augment.adjust_hue(image, sixths / 6)[:, 0].T.tolist()
         assert turned == [circle[(i + sixths) % 6] for i in range(6)] + [[77, 77, 77]]
     pink = torch.tensor([200, 100, 100], dtype=torch.uint8).view(3, 1, 1)
-    assert data.adjust_hue(pink, 1 / 12).flatten().tolist() == [200, 150, 100]
+    assert augment.adjust_hue(pink, 1 / 12).flatten().tolist() == [200, 150, 100]
 
 
 def test_constants_of_the_colour_augmentations(monkeypatch):
-    _, _, grey, jitter, _ = data.augmentation("moco", 224)
-    _, _, softer, grey_after, blur, _ = data.augmentation("mocov2", 224)
+    _, _, grey, jitter, _ = augment.augmentation("moco", 224)
+    _, _, softer, grey_after, blur, _ = augment.augmentation("mocov2", 224)
     for colours, hue in ((jitter, (-0.4, 0.4)), (softer.transforms[0], (-0.1, 0.1))):
         assert colours.brightness == colours.contrast == colours.saturation == (0.6, 1.4) and colours.hue == hue
     assert grey.p == grey_after.p == 0.2 and softer.p == 0.8 and blur.p == 0.5
     assert list(blur.transforms[0].kernel_size) == [23, 23] and list(blur.transforms[0].sigma) == [0.1, 2.0]
 
-    monkeypatch.setattr(data, "adjust_hue", lambda image, turns: torch.zeros_like(image))
+    monkeypatch.setattr(augment, "adjust_hue", lambda image, turns: torch.zeros_like(image))
     assert not jitter(pixels(photo())).any()                              # the hue is ours; black stays black
 
 
@@ -294,7 +295,7 @@ def test_colours_are_torchvisions_from_the_same_random_numbers(name, bound):
     theirs = v2.Compose({"moco": [crop, grey, v2.ColorJitter(0.4, 0.4, 0.4, 0.4), flip],
                          "mocov2": [crop, softer, grey, blur, flip],
                          "lt": [crop, flip, v2.ColorJitter(0.4, 0.4, 0.4)]}[name])
-    image, ours, differ = pixels(photo(200, 150)), data.augmentation(name, 64), []
+    image, ours, differ = pixels(photo(200, 150)), augment.augmentation(name, 64), []
     for seed in range(60):
         views, following = [], []
         for transform in (ours, theirs):
@@ -323,7 +324,7 @@ def test_affine_is_torchvisions(digits):
     images = data.ImageList(digits, "val.txt", DIGITS)
     images = torch.stack([images[i][0][0] for i in range(0, 500, 10)])    # (50, 3, 32, 32)
     u = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
-    for image, (a, x, y, s), ours in zip(images, u.tolist(), data.affine(images, u)):
+    for image, (a, x, y, s), ours in zip(images, u.tolist(), augment.affine(images, u)):
         theirs = v2.functional.affine(image, 15 * (2 * a - 1), [round(3.2 * (2 * x - 1)), round(3.2 * (2 * y - 1))],
                                       0.85 + 0.3 * s, [0.0, 0.0], v2.InterpolationMode.BILINEAR)
         assert (ours.int() - theirs.int()).abs().max() <= 1
@@ -332,7 +333,7 @@ def test_affine_is_torchvisions(digits):
 def test_crop_flip_is_a_crop_of_the_padded_image():
     images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8)
     u = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    for image, (y, x, flip), ours in zip(images, u.tolist(), data.crop_flip(images, u)):
+    for image, (y, x, flip), ours in zip(images, u.tolist(), augment.crop_flip(images, u)):
         theirs = v2.functional.crop(v2.functional.pad(image, 4), int(9 * y), int(9 * x), 32, 32)
         assert torch.equal(ours, theirs if flip < 0.5 else theirs.flip(-1))
 
@@ -443,7 +444,7 @@ def test_simclr_against_torchvision_image_by_image():
     noise = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=g)
     smooth = torch.nn.functional.interpolate(torch.rand(64, 3, 4, 4, generator=g) * 255, 32, mode="bicubic").clamp(0, 255).byte()
     images, u = torch.cat([noise, smooth]), torch.rand(128, 29, generator=g)
-    found, kinds = data.simclr(images, u), []
+    found, kinds = augment.simclr(images, u), []
     for image, view, v in zip(images, found, u.tolist()):
         for area, aspect in zip(v[:10], v[10:20]):
             area, aspect = (0.2 + 0.8 * area) * 1024, math.exp((2 * aspect - 1) * math.log(4 / 3))
@@ -482,7 +483,7 @@ def test_in_memory_augmentation_depends_on_the_draw_alone(digits, monkeypatch, a
         assert torch.equal(torch.stack([part[2] for part in parts], 1).flatten(), whole[2])
         assert torch.equal(images.labels[whole[2]], whole[1])
 
-    function, n = data.BATCHED[aug]
+    function, n = augment.BATCHED[aug]
     i, *bits = data.Draws(images.labels, "class", 100).of_this_rank(2 * n)[0].tolist()
     u = torch.tensor([[b // 256 / 2**24 for b in bits]])                  # the 24 bits that float32 has
     assert torch.equal(alone[0][0][1][:1], function(images[i][0][0][None], u[:, n:]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import augment
 import checkpoint
 import data
 import resnet
@@ -126,7 +127,7 @@ def test_six_steps_of_two_heads_against_a_literal_loop(linear, run, digits, sche
 
 def test_cached_features_train_as_streamed_ones_that_are_not_augmented(linear, monkeypatch):
     cached, _, _ = linear("--features", "cached", "--lr", 1)
-    monkeypatch.setitem(data.BATCHED, "affine", (lambda images, u: images, 4))
+    monkeypatch.setitem(augment.BATCHED, "affine", (lambda images, u: images, 4))
     streamed, _, _ = linear("--lr", 1)
     assert torch.allclose(cached["weight"], streamed["weight"], atol=1e-5)
     assert cached["protocol"] == streamed["protocol"].replace("lt:", "lt, cached features:")

@@ -33,6 +33,7 @@ from torchvision.transforms.v2.functional import adjust_hue
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import augment
 import data
 import ddp
 from kcl import kcl_loss
@@ -286,7 +287,7 @@ def input_row(a):
 def hue_row(a):
     pixels = 32 if a.quick else 224
     view = torch.randint(256, (3, pixels, pixels), dtype=torch.uint8)
-    functions = partial(data.adjust_hue, view, 0.2), partial(adjust_hue, view, 0.2)
+    functions = partial(augment.adjust_hue, view, 0.2), partial(adjust_hue, view, 0.2)
     ours, torchvisions = in_turn(a, 99, *functions, device=torch.device("cpu"))
     yield ratio(f"hue of a view of {pixels} px / torchvision's adjust_hue, CPU", ours, torchvisions, 0.33)
 

@@ -67,7 +67,7 @@ class ColorJitter(T.ColorJitter):
 def augmentation(name, pixels):
     """A random transform uint8 (3, H, W) -> uint8 (3, pixels, pixels)."""
     flip = T.RandomHorizontalFlip()
-    planes = T.Lambda(torch.Tensor.contiguous)  # colours are computed a quarter faster on planes than on pixels
+    planes = T.Lambda(torch.Tensor.contiguous)  # channels first: colours are computed a quarter faster
     if name == "sup":  # the paper's for CE, KCL and FCL; scale 0.08 to 1
         return nn.Sequential(RandomResizedCrop(pixels), flip)
     if name == "lt":  # usual in long-tailed recognition

@@ -33,18 +33,18 @@ except ImportError:  # deprecated since torchvision 0.29; PIL decodes the same p
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# kind: whose hyper-parameters a data set has. root: its folder. Images are resized to a shorter side of `resize`, and
-# `pixels` of it are cropped. Lists: `train` for the representation; `full`, which is balanced; `val`, which chooses
-# ("none" if there is none); `test`, which is reported.
+# kind: the key into the scripts' tables of defaults. root: its folder. Images are resized to a shorter side of
+# `resize`, of which `pixels` are cropped. Lists: `train` for the representation; `full`, which is balanced; `val` for
+# model selection ("none" if there is none); `test` for the numbers that are reported.
 LISTS = dict(train="train_lt.txt", full="train_full.txt", val="val.txt", test="test.txt")
 PHOTOS = dict(kind="photos", root=None, pixels=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, **LISTS)
 SMALL = dict(pixels=32, resize=32, **LISTS)
-CIFAR = SMALL | dict(kind="cifar", val="none")                            # the largest class has all images
+CIFAR = SMALL | dict(kind="cifar", val="none")                            # the largest class trains on all its images
 DATASETS = {
     "digits": SMALL | dict(kind="digits", root="data/digits", mean=(0.179,) * 3, std=(0.279,) * 3),
     "imagenet": PHOTOS | dict(
         train="ImageNet_LT_train.txt", val="ImageNet_LT_val.txt", test="ImageNet_LT_test.txt"),
-    # no balanced training set, and the official validation set is what everybody reports
+    # no balanced training set, and the official validation set is what is usually reported
     "inat18": PHOTOS | dict(
         mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192),
         train="iNaturalist18_train.txt", full="none", val="none", test="iNaturalist18_val.txt"),
@@ -172,14 +172,14 @@ def groups(counts):
 
 def decode(content, upright=False):
     """The bytes of an image file -> uint8 (3, H, W), the pixels of PIL's convert("RGB"). Alpha is dropped. The camera's
-    orientation (EXIF) is applied only if `upright`: it is not in everybody's ImageNet numbers."""
+    orientation (EXIF) is applied only if `upright`: the usual ImageNet numbers are without it."""
     if decode_jpeg and content.startswith(b"\xff\xd8"):
         buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         with contextlib.suppress(RuntimeError):  # PIL can do without an end marker
             return decode_jpeg(buffer, ImageReadMode.RGB, apply_exif_orientation=upright)
     image = Image.open(io.BytesIO(content))
     if image.mode.startswith(("I", "F")):
-        raise ValueError("it has more than 8 bits per pixel, which would become white; convert it to 8 bits")
+        raise ValueError("it has more than 8 bits per channel, which would become white; convert it to 8 bits")
     if upright:
         image = ImageOps.exif_transpose(image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -191,8 +191,8 @@ class ImageList(Dataset):
     spec: an entry of DATASETS or a head.pt, for `pixels` and `resize`
     aug:  the name of an augmentation, or None for the center crop of evaluation
 
-    images[index, seed] is (views, label, index) with num_views views, uint8 (3, pixels, pixels) each. images[index]
-    does if nothing is random.
+    dataset[index, seed] is (views, label, index), views a list of num_views uint8 (3, pixels, pixels). For the center
+    crop dataset[index] is enough.
     """
 
     def __init__(self, root, name, spec, aug=None, num_views=1):
@@ -349,7 +349,7 @@ class InMemory:
         n, b = self.numbers * self.num_views, self.draws.per_rank
         epoch = self.draws.of_this_rank(n).to(self.device)
         index = epoch[:, 0]
-        uniform = (epoch[:, 1:] >> 8) / 2**24                             # float32 has 24 bits, so [0, 1) stays open
+        uniform = (epoch[:, 1:] >> 8) / 2**24                             # 32 bits would round to 1.0 in float32
         for i, u in zip(index.split(b), uniform.split(b)):
             images = self.images[i]
             with torch.autocast(self.device.type, enabled=False):         # its bf16 would move pixels
@@ -395,5 +395,5 @@ def encode_all(encode, dataset, D, batch, workers, device):
                disable=ddp.rank() > 0 or None)
     for (view,), _, index in bar:
         features[index.to(device, non_blocking=True)] = encode(view)
-    dist.all_reduce(features)                                             # other ranks have 0 in a rank's rows
+    dist.all_reduce(features)                                             # a sum: other ranks have 0 in these rows
     return features

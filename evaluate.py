@@ -12,12 +12,11 @@ any other head, beta describes features and classifier together.
 
 Prints one table and writes eval.json next to each head: accuracies in [0, 1], null for an empty group. With another
 list than the test list the file is on_LIST_eval.json. Runs that differ only in their seed get an extra row with mean +-
-standard deviation. tools/plots.py draws what is written.
+standard deviation. tools/plots.py draws what is written; pandas makes one file of it:
+    pandas.DataFrame(json.loads(f.read_text()) for f in Path("runs").rglob("eval*.json")).to_csv("table.csv")
 """
 import argparse
-import csv
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -67,7 +66,7 @@ def count_hits(logits, labels):
 
 
 def scores(hits, class_sizes, sigma):
-    """What eval.json holds of the hits (3, C) that count_hits returns."""
+    """top-1, many / medium / few, beta of one test list, from count_hits' (3, C): images, top-1 hits, top-5 hits."""
     n, top1, top5 = hits.numpy()
     acc = top1 / n
     return {"top1": float(top1.sum() / n.sum()), "top5": float(top5.sum() / n.sum()),
@@ -103,20 +102,14 @@ def class_means(features, labels, C):
 # ---- heads and their features
 
 def load_head(path, root=None, groups=None):
-    """A head.pt, with its own path and that of its backbone.
-
-    root: another data folder. groups: another list, whose class sizes make many / medium / few.
-    """
+    """A head.pt, with its own path and that of its backbone. root: another data folder. groups: another list, whose
+    class sizes make many / medium / few."""
     path = Path(path)
     if path.is_dir():
-        ddp.print0(f"{path} is a folder: taking the head.pt in it")
         path = path / "head.pt"
     head = checkpoint.read_head(path)
     if root is None:
         checkpoint.same_list(head)
-    if "class_names" not in head:  # an older head.pt, whose list may be gone
-        exists = data.find_list(head["data"], head["list"]).is_file()
-        head["class_names"] = data.class_names(head["data"], head["list"]) if exists else {}
     head["path"] = path
     head["backbone"] = (path.parent / head["backbone"]).resolve()
     head["data"] = root or head["data"]
@@ -150,9 +143,7 @@ def evaluate(heads, args, device):
     first = heads[0]
     backbone = load_backbone(first["backbone"], first["arch"])
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
-    workers = args.workers
-    if workers is None:
-        workers = 0 if first["dataset"] == "digits" else data.workers_per_rank()
+    workers = 0 if first["dataset"] == "digits" else args.workers
     encoded, rows = {}, []
 
     def encode(images):                                                   # (b, 3, H, W) uint8 -> (b, D)
@@ -168,7 +159,7 @@ def evaluate(heads, args, device):
     for head in heads:
         # the classifiers of this head: itself, and what needs no training
         weight = head["weight"].to(device)                                # (C, D)
-        classifiers = [("eval.json", head["protocol"], head.get("chosen", ""),
+        classifiers = [("eval.json", head["protocol"], head["chosen"],
                         weight, head["bias"].to(device))]
         if "val" in head:
             tau = choose_tau(weight, *features_of(head["val"]))
@@ -184,32 +175,28 @@ def evaluate(heads, args, device):
         features, labels = features_of(head["test"])
         for file, protocol, chosen, weight, bias in classifiers:
             hits = count_hits(features @ weight.T + bias, labels)
-            rows.append({"run": head["name"], "seed": head.get("seed"), "protocol": protocol,
+            rows.append({"run": head["name"], "seed": head["seed"], "protocol": protocol,
                          "chosen": chosen, **scores(hits, head["counts"], args.sigma),
                          "list": head["test"].name, "classes": head["classes"],
                          "counts": head["counts"], "counts_of": head["counts_of"],
                          "head": str(head["path"])})
             if ddp.rank() == 0:
                 file = head["path"].with_name(head["prefix"] + file)
-                temporary = file.with_suffix(".tmp")
-                temporary.write_text(json.dumps(rows[-1], indent=1) + "\n")
-                os.replace(temporary, file)
+                file.write_text(json.dumps(rows[-1], indent=1) + "\n")
     return rows
 
 
 # ---- the table
 
 def over_seeds(rows):
-    """[(run without its seed, protocol, rows)]: rows that differ only in the seed of their run, together. The seed is
-    in the head.pt, or in the run's name."""
+    """[(run without its seed, protocol, rows)]: rows that differ only in the seed of their run, together."""
     together = {}
     for row in rows:
         key = re.sub(r"-seed\d+", "", row["run"]), row["protocol"]
         together.setdefault(key, []).append(row)
     groups = []
     for (run, protocol), group in together.items():
-        seeds = {row["run"] if row.get("seed") is None else row["seed"] for row in group}
-        if len(seeds) == len(group):
+        if len({row["seed"] for row in group}) == len(group):
             groups.append((run, protocol, group))
         else:  # several classifiers of one seed
             groups += [(row["run"], protocol, [row]) for row in group]
@@ -228,24 +215,23 @@ def cell(rows, column):
     return text
 
 
-def print_table(rows, names=None):
-    """Markdown: a line per row, then a line per run of several seeds. names: of the rows, instead of their runs."""
+def print_table(rows):
+    """Markdown: a line per row, then a line per run of several seeds."""
     columns = {"top-1": "top1", "top-5": "top5", "many": "many", "medium": "medium", "few": "few",
                "beta": "balancedness", "std": "std"}
     fewest, most = np.transpose([row["images_per_class"] for row in rows])
     uneven = (fewest < most).any()
     if uneven:
-        columns = {"top-1": "top1", "class mean": "class_mean", **columns}
+        columns["mean"] = "class_mean"
     tests = sorted({row["list"] for row in rows})
     lines = []                                                            # (name, classifier, rows to average)
-    names = names or [row["run"] for row in rows]
-    for name, row in zip(names, rows):
+    for row in rows:
         notes = [row["protocol"], row["chosen"]]
         if len(tests) > 1:
             notes.append(f"on {row['list']}")
-        if len({other.get("seed") for other in rows if other["run"] == row["run"]}) > 1:
+        if len({other["seed"] for other in rows if other["run"] == row["run"]}) > 1:
             notes.append(f"seed {row['seed']}")
-        lines.append((name, ", ".join(filter(None, notes)), [row]))
+        lines.append((row["name"], ", ".join(filter(None, notes)), [row]))
     means = [(f"{run}, {len(group)} seeds", protocol, group)
              for run, protocol, group in over_seeds(rows) if len(group) > 1]
 
@@ -253,15 +239,15 @@ def print_table(rows, names=None):
     print(f"| {'run':<{width}} | {' | '.join(f'{x:>7}' for x in columns)} | classifier |")
     print("|---" * (len(columns) + 2) + "|")
     for name, classifier, group in lines + means:
-        cells = [f"{cell(group, column):>{max(7, len(x))}}" for x, column in columns.items()]
+        cells = [f"{cell(group, column):>7}" for column in columns.values()]
         print(f"| {name:<{width}} | {' | '.join(cells)} | {classifier} |")
 
     class_lists = sorted({row["counts_of"] for row in rows})
     print(f"In percent, except for beta: balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). "
           f"Beta and std are of the class accuracies on {', '.join(tests)}.")
     if uneven:
-        print(f"There are {fewest.min()} to {most.max()} images per class: top-1 and top-5 count images, "
-              "all others classes, and a class of few images makes beta and std noisy.")
+        print(f"There are {fewest.min()} to {most.max()} images per class: top-1 and top-5 count images, mean "
+              "and all others classes, and a class of few images makes beta and std noisy.")
     if means:
         print("+- is the standard deviation over the seeds.")
     print("many / medium / few: mean over the classes with > 100 / 20 to 100 / < 20 images in "
@@ -271,21 +257,18 @@ def print_table(rows, names=None):
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("heads", nargs="+",
-                   help="head.pt of train_linear.py, or of a classification loss of train_rep.py")
+    p.add_argument("heads", nargs="+", help="head.pt of train_linear.py or train_rep.py")
     p.add_argument("--data", help="where the lists' paths start; default: as in training")
     p.add_argument("--list", help="list to evaluate on; default: the test list of the head's classes")
-    p.add_argument("--groups", help="list whose class sizes make many / medium / few; default: the "
-                   "backbone's training list")
+    p.add_argument("--groups", help="list that counts for many / medium / few; default: the backbone's")
     p.add_argument("--sigma", type=float, default=0.1, help="of beta: %(default)s; not in the paper")
-    p.add_argument("--tau-norm", action="store_true", help="also tau-normalise the joint CE heads")
-    p.add_argument("--ncm", action="store_true",
-                   help="also classify by the nearest class mean of the backbone's training list")
+    p.add_argument("--tau-norm", action="store_true", help="add the tau-normalised joint CE heads")
+    p.add_argument("--ncm", action="store_true", help="add nearest class means, per backbone")
     p.add_argument("--val", help="list that chooses tau; default: the data set's validation list")
     p.add_argument("--names", nargs="+", help="of the table's rows, in order; default: their runs")
-    p.add_argument("--csv", help="also write the table's rows to this file")
     p.add_argument("--batch", type=int, default=256, help="images per rank at a time: %(default)s")
-    p.add_argument("--workers", type=int, help="data workers per rank; digits need none")
+    p.add_argument("--workers", type=int, default=data.workers_per_rank(),
+                   help="data workers per rank: %(default)s; digits need none")
     return p.parse_intermixed_args()  # flags may stand between the heads
 
 
@@ -302,18 +285,16 @@ def main():
         head["test"] = images_of(head, args.list or default)
         head["classes"] = [head["class_names"].get(c, str(c)) for c in range(len(head["weight"]))]
         head["prefix"] = "" if head["test"].name == default else f"on_{Path(args.list).stem}_"
-        if args.tau_norm and head["protocol"].startswith("joint CE"):  # trained along with its backbone
-            val = args.val or data.beside(head["data"], head["list"], spec["val"])
-            if args.val or Path(val).is_file() or Path(head["data"], val).is_file():
-                head["val"] = images_of(head, val)
-                data.refuse_overlap(head["data"], head["list"], val)
-            else:
-                ddp.print0(f"{head['path']}: no tau-norm, since no list can choose tau; pass --val")
+        val = args.val or data.beside(head["data"], head["list"], spec["val"])
+        can_choose = args.val or data.find_list(head["data"], val).is_file()
+        if args.tau_norm and can_choose and head["protocol"].startswith("joint CE"):
+            head["val"] = images_of(head, val)
+            data.refuse_overlap(head["data"], head["list"], val)
         key = head["backbone"], head["dataset"], head["data"]
         of_backbone.setdefault(key, []).append(head)
-    if args.tau_norm and not any(head["protocol"].startswith("joint CE") for head in heads):
-        ddp.print0("--tau-norm is for joint CE heads, the head.pt of train_rep.py --loss ce; "
-                   "none was given")
+    if args.tau_norm and not any("val" in head for head in heads):
+        ddp.print0("no tau-norm: it needs a joint CE head, the head.pt of train_rep.py --loss ce, and "
+                   "a list that chooses tau, --val")
     num_rows = len(heads) + sum("val" in head for head in heads) + args.ncm * len(of_backbone)
     if args.names and len(args.names) != num_rows:
         sys.exit(f"error: --names names {len(args.names)} rows, the table has {num_rows}: --tau-norm "
@@ -325,15 +306,10 @@ def main():
         rows += evaluate(group, args, device)
     order = [str(head["path"]) for head in heads]
     rows.sort(key=lambda row: order.index(row["head"]))
+    for i, row in enumerate(rows):
+        row["name"] = args.names[i] if args.names else row["run"]
     if ddp.rank() == 0:
-        names = args.names or [row["run"] for row in rows]
-        print_table(rows, names)
-        if args.csv:
-            columns = [key for key, x in rows[0].items() if not isinstance(x, list)]
-            with open(args.csv, "w", newline="", encoding="utf-8") as f:
-                table = csv.writer(f)
-                table.writerow(["name", *columns])
-                table.writerows([name, *map(row.get, columns)] for name, row in zip(names, rows))
+        print_table(rows)
 
 
 if __name__ == "__main__":

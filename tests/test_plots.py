@@ -49,7 +49,7 @@ def head(digits, tmp_path):
     torch.save({"weight": torch.randn(10, 64), "bias": torch.zeros(10), "backbone": "backbone.pt", "arch": "resnet8s",
                 "dataset": "digits", "data": str(digits), "list": "train_lt.txt", "counts": counts, "counts_of": "lt.txt",
                 "list_sha256": "", "name": "digits-lt-ce-seed0", "protocol": "joint CE", "chosen": "", **spec}, tmp_path / "head.pt")
-    row = {"run": "digits-lt-ce-seed0", "protocol": "joint CE, instance sampling", "top1": 0.5, "balancedness": 0.7,
+    row = {"run": "digits-lt-ce-seed0", "seed": 0, "protocol": "joint CE, instance sampling", "top1": 0.5, "balancedness": 0.7,
            "sigma": 0.1, "counts": counts, "counts_of": "lt.txt", "list": "val.txt", "per_class": np.arange(10) / 10}
     (tmp_path / "eval.json").write_text(json.dumps({**row, "per_class": [i / 10 for i in range(10)]}))
     return tmp_path / "head.pt"
@@ -95,7 +95,7 @@ def test_pictures_of_heads(script, head, tmp_path, figures):
 
 
 def test_seeds_are_one_mean(tmp_path, figures):
-    rows = [{"run": f"digits-lt-{loss}-seed{i}", "protocol": f"lt: {'long ' * 20}", "top1": 0.5 + i / 10, "balancedness": 0.5,
+    rows = [{"run": f"digits-lt-{loss}-seed{i}", "seed": i, "protocol": f"lt: {'long ' * 20}", "top1": 0.5 + i / 10, "balancedness": 0.5,
              "sigma": 0.1, "counts": [20, 1200, 3], "counts_of": "lt.txt", "per_class": [0.5, 0.9, 0.1 * i]}
             for loss in ("ce", "kcl") for i in range(2)]
     plots.draw_accuracy(rows, tmp_path / "accuracy.png")

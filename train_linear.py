@@ -6,7 +6,8 @@ Stage 2: train a linear classifier on the frozen features of a backbone.
     torchrun --nproc_per_node=8 train_linear.py runs/imagenet-ImageNet_LT_train-kcl-seed0/backbone.pt
     python train_linear.py moco_v2_800ep.pth.tar --loss cl --arch resnet50 --dataset imagenet --data X
 
---protocol lt trains on the backbone's long-tailed list with class-balanced sampling; for a CE backbone this is cRT.
+--protocol lt trains on the backbone's long-tailed list; for a CE backbone this is cRT: a new head on frozen features,
+every class drawn equally often.
 --protocol rep trains on the full, balanced list and uses every image once per epoch.
 --classifier lws learns one scale per class for the head that was trained along with the backbone.
 --features cached encodes each image once, without augmentation, which is faster. The paper augments in every epoch.
@@ -55,6 +56,7 @@ DEFAULTS = {
 
 
 def parse_args():
+    """The flags, and the list that the backbone was trained on: None if it is unknown or not one of --data."""
     table = "".join(f"  {kind}, {loss}: {row}\n" for (kind, loss), row in DEFAULTS.items())
     p = argparse.ArgumentParser(description=__doc__, epilog=f"defaults by data and loss:\n{table}",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,7 +102,7 @@ def parse_args():
 
     # the lists: a half of the classes has its own, in the folder of its training list
     spec = data.DATASETS[args.dataset]
-    backbone_list = list_of_backbone(args)
+    backbone_list = run.get("list") if args.data == run.get("data") else None
     if backbone_list:
         checkpoint.same_list(run)
     if args.protocol == "rep":
@@ -128,19 +130,13 @@ def parse_args():
     ddp.print0(f"{args.protocol} on {args.list}, {args.sampler} sampling, with the settings for a "
                f"{family} loss (the backbone's is {loss}): {args.epochs} epochs, "
                f"{args.schedule}, weight decay {args.weight_decay}")
-    return args
+    return args, backbone_list
 
 
 def row_of_defaults(args):
     """The key of DEFAULTS: the kind of the data set, and of the backbone's loss."""
     family = "classification" if args.loss in (None, *CLASSIFICATION) else "contrastive"
     return data.DATASETS[args.dataset]["kind"], family
-
-
-def list_of_backbone(args):
-    """The list that the backbone was trained on, or None if it is unknown or not one of --data."""
-    run = checkpoint.settings_of(args.backbone)
-    return run.get("list") if run.get("data") == args.data else None
 
 
 class ScaledHead(nn.Module):
@@ -183,26 +179,6 @@ def linear_heads(M, D, C):
     return heads
 
 
-def cached_batches(features, labels, draws):
-    """The batches of data.train_loader for one epoch, with features (b, D) instead of images."""
-    index = torch.tensor([i for i, _ in draws], device=features.device)
-    for i in index.split(draws.per_rank):
-        yield [features[i]], labels[i], i
-
-
-def val_images(args, backbone_list, C):
-    """The validation images. Neither the backbone nor the classifier may have been trained on one of them."""
-    if args.val == "none":
-        sys.exit("error: several classifiers need a --val that chooses; or pass one --lr and --weight-decay")
-    for trained_on in {args.list, backbone_list or args.list}:
-        data.refuse_overlap(args.data, trained_on, args.val)
-    val = data.ImageList(args.data, args.val, data.DATASETS[args.dataset])
-    if val.labels.max() >= C:
-        sys.exit(f"error: {args.val} has labels up to {val.labels.max()}, "
-                 f"{args.list} only up to {C - 1}")
-    return val
-
-
 def learning_rate(base, schedule, t):
     """At t = epoch / epochs. Cosine reaches 0 after the last epoch; step is MoCo's: x0.1 at 60 and at 80 of 100."""
     if schedule == "cosine":
@@ -221,16 +197,16 @@ def choose(heads, pairs, features, labels, args):
     usual = DEFAULTS[row_of_defaults(args)]
     tied = [m for m, x in enumerate(top1) if x == max(top1)]
     best = min(tied, key=lambda m: (pairs[m][0] not in usual["lr"], pairs[m]))
-    if {pairs[m][0] for m in tied} in ({min(args.lr)}, {max(args.lr)}) and len(args.lr) > 1:
+    if len(tied) > 1:
+        return best, top1[best], f"chosen on {args.val}, a tie of {len(tied)}"
+    if len(args.lr) > 1 and pairs[best][0] in (min(args.lr), max(args.lr)):
         ddp.print0(f"lr {pairs[best][0]:g} is an end of the grid; one beyond it may do better")
-    tie = f", a tie of {len(tied)}" if len(tied) > 1 else ""
-    return best, top1[best], f"chosen on {args.val}{tie}"
+    return best, top1[best], f"chosen on {args.val}"
 
 
 def save_results(args, header, counts_of, classifier, chosen, val_top1):
     """Write head.pt, which marks the run as finished."""
     counts = data.read_list(args.data, counts_of)[1].bincount(minlength=len(classifier.bias))
-
     protocol = args.protocol + ", cached features" * (args.features == "cached")
     spec, backbone = data.DATASETS[args.dataset], Path(args.backbone).resolve()
     checkpoint.save({
@@ -255,31 +231,35 @@ def save_results(args, header, counts_of, classifier, chosen, val_top1):
 
 def main():
     device = ddp.init()
-    args = parse_args()
+    args, backbone_list = parse_args()
     spec = data.DATASETS[args.dataset]
     cached = args.features == "cached"
-    backbone_list = list_of_backbone(args)
 
     # data
     dataset = data.ImageList(args.data, args.list, spec, args.aug)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     C, steps = len(draws.counts), len(dataset) // args.batch
-    smallest, largest = draws.counts.min(), draws.counts.max()
-    if args.protocol == "rep" and largest > 2 * smallest:  # ImageNet has 732 to 1,300 images per class
-        ddp.print0(f"{args.list} is not balanced ({smallest} to {largest} images per class), "
-                   "so beta is not that of the features alone")
-
-    # one classifier per pair; if there are several, only images that nothing was trained on may choose
-    pairs = list(itertools.product(args.lr, args.weight_decay))           # M of them
-    val = val_images(args, backbone_list, C) if len(pairs) > 1 else None
-    ddp.print0(f"classifiers side by side: {len(pairs)}, on {device.type}")
+    if args.protocol == "rep" and draws.counts.max() > 2 * draws.counts.min():  # ImageNet: 1,300 to 732
+        ddp.print0(f"{args.list} is not balanced, so beta is not that of the features alone")
 
     # many / medium / few go by what the backbone has seen, unless its list has other classes
     counts_of = args.list
     if backbone_list and Path(backbone_list).parent == Path(args.list).parent:
         counts_of = backbone_list
-    for name in {counts_of, val.name if val else counts_of}:
-        data.refuse_other_classes(data.class_names(args.data, args.list), args.data, name)
+    class_names = data.class_names(args.data, args.list)
+    data.refuse_other_classes(class_names, args.data, counts_of)
+
+    # one classifier per pair; if there are several, only images that nothing was trained on may choose
+    pairs = list(itertools.product(args.lr, args.weight_decay))           # M of them
+    ddp.print0(f"classifiers side by side: {len(pairs)}, on {device.type}")
+    val = None
+    if len(pairs) > 1:
+        if args.val == "none":
+            sys.exit("error: several classifiers need a --val that chooses; or pass one --lr and --weight-decay")
+        for trained_on in {args.list, backbone_list or args.list}:
+            data.refuse_overlap(args.data, trained_on, args.val)
+        data.refuse_other_classes(class_names, args.data, args.val)
+        val = data.ImageList(args.data, args.val, spec)
 
     # resume, or begin
     header = checkpoint.header(args, backbone_list=backbone_list,
@@ -335,9 +315,13 @@ def main():
             group["lr"] = learning_rate(lr, args.schedule, epoch / args.epochs)
         total, since = torch.zeros(len(pairs), device=device), time.time()
 
-        for (view,), labels, _ in cached_batches(cache, cache_labels, draws) if cached else loader:
-            labels = labels.to(device, non_blocking=True)                 # (b,)
-            features = view if cached else encode(view)                   # (b, D)
+        if cached:
+            index = draws.of_this_rank(0)[:, 0].to(device)
+            batches = ((cache[i], cache_labels[i]) for i in index.split(draws.per_rank))
+        else:
+            batches = ((encode(view), labels) for (view,), labels, _ in loader)
+        for features, labels in batches:                                  # (b, D), (b,)
+            labels = labels.to(device, non_blocking=True)
             losses = torch.stack([F.cross_entropy(z, labels) for z in net(features)])     # (M,)
             optimizer.zero_grad()
             losses.sum().backward()                                       # a head's gradient is its own loss's
@@ -352,7 +336,7 @@ def main():
                     "loss": (total / steps / ddp.world()).tolist(),
                     "images_per_s": steps * args.batch / (time.time() - since)}
             log(line)
-            if not sys.stderr.isatty():                                   # Slurm, nohup, CI: no bar
+            if bar.disable:  # nohup, Slurm
                 losses = " ".join(f"{loss:.3f}" for loss in line["loss"])
                 print(f"epoch {epoch + 1} of {args.epochs}: loss {losses}", flush=True)
             if time.time() - saved >= checkpoint.SAVE_EVERY:

@@ -208,7 +208,7 @@ def cell(rows, column):
     values = [row[column] for row in rows]
     if None in values:
         return "-"
-    scale, digits = (1, 3) if column == "balancedness" else (100, 1)      # the others are in percent
+    scale, digits = (1, 3) if column == "balancedness" else (100, 1)  # the others are in percent
     text = f"{scale * np.mean(values):.{digits}f}"
     if len(values) > 1:
         text += f" +- {scale * np.std(values, ddof=1):.{digits}f}"
@@ -246,8 +246,8 @@ def print_table(rows):
     print(f"In percent, except for beta: balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). "
           f"Beta and std are of the class accuracies on {', '.join(tests)}.")
     if uneven:
-        print(f"There are {fewest.min()} to {most.max()} images per class: top-1 and top-5 count images, mean "
-              "and all others classes, and a class of few images makes beta and std noisy.")
+        print(f"There are {fewest.min()} to {most.max()} images per class: top-1 and top-5 count "
+              "images, mean and all others classes; beta and std are noisy if a class has few images.")
     if means:
         print("+- is the standard deviation over the seeds.")
     print("many / medium / few: mean over the classes with > 100 / 20 to 100 / < 20 images in "
@@ -259,9 +259,9 @@ def parse_args():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("heads", nargs="+", help="head.pt of train_linear.py or train_rep.py")
     p.add_argument("--data", help="where the lists' paths start; default: as in training")
-    p.add_argument("--list", help="list to evaluate on; default: the test list of the head's classes")
-    p.add_argument("--groups", help="list that counts for many / medium / few; default: the backbone's")
-    p.add_argument("--sigma", type=float, default=0.1, help="of beta: %(default)s; not in the paper")
+    p.add_argument("--list", help="list to evaluate on; default: the test list of these classes")
+    p.add_argument("--groups", help="list that makes many / medium / few; default: the backbone's")
+    p.add_argument("--sigma", type=float, default=0.1, help="of beta: %(default)s, our choice")
     p.add_argument("--tau-norm", action="store_true", help="add the tau-normalised joint CE heads")
     p.add_argument("--ncm", action="store_true", help="add nearest class means, per backbone")
     p.add_argument("--val", help="list that chooses tau; default: the data set's validation list")
@@ -293,12 +293,12 @@ def main():
         key = head["backbone"], head["dataset"], head["data"]
         of_backbone.setdefault(key, []).append(head)
     if args.tau_norm and not any("val" in head for head in heads):
-        ddp.print0("no tau-norm: it needs a joint CE head, the head.pt of train_rep.py --loss ce, and "
-                   "a list that chooses tau, --val")
+        ddp.print0("no tau-norm: it needs a joint CE head, the head.pt of train_rep.py --loss ce, "
+                   "and a list that chooses tau, --val")
     num_rows = len(heads) + sum("val" in head for head in heads) + args.ncm * len(of_backbone)
     if args.names and len(args.names) != num_rows:
-        sys.exit(f"error: --names names {len(args.names)} rows, the table has {num_rows}: --tau-norm "
-                 "adds one to each joint CE head, --ncm one to each backbone")
+        sys.exit(f"error: --names names {len(args.names)} rows, the table has {num_rows}: "
+                 "--tau-norm adds one to each joint CE head, --ncm one to each backbone")
 
     # backbone by backbone; the table has the order of the command line
     rows = []

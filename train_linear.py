@@ -56,13 +56,14 @@ DEFAULTS = {
 
 
 def parse_args():
-    """The flags, and the list that the backbone was trained on: None if it is unknown or not one of --data."""
+    """The flags, and the list of the backbone's training: None if unknown, or not one of --data."""
     table = "".join(f"  {kind}, {loss}: {row}\n" for (kind, loss), row in DEFAULTS.items())
     p = argparse.ArgumentParser(description=__doc__, epilog=f"defaults by data and loss:\n{table}",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("backbone", help="backbone.pt of train_rep.py, or another ResNet's checkpoint")
     p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="see above: %(default)s")
-    p.add_argument("--features", choices=("streamed", "cached"), default="streamed", help="%(default)s")
+    p.add_argument("--features", choices=("streamed", "cached"), default="streamed",
+                   help="%(default)s")
     p.add_argument("--classifier", choices=("linear", "lws"), default="linear", help="%(default)s")
     # the backbone: by default what the log.jsonl next to it says
     p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="default: the backbone's")
@@ -83,9 +84,9 @@ def parse_args():
     p.add_argument("--schedule", choices=("cosine", "step"), help="step: x0.1 at 60 and 80 %%")
     p.add_argument("--weight-decay", type=float, nargs="+")
     p.add_argument("--batch", type=int, help="images per step over all ranks together")
-    p.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentations: %(default)s")
+    p.add_argument("--seed", type=int, default=0, help="of weights and random draws: %(default)s")
     # the run
-    p.add_argument("--out", type=Path, help="default: see above; below runs/ for a foreign backbone")
+    p.add_argument("--out", type=Path, help="default: see above; a foreign backbone's: in runs/")
     p.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard as well")
     p.add_argument("--restart", action="store_true", help="delete what --out holds, do not resume")
     args = p.parse_args()
@@ -191,7 +192,8 @@ def choose(heads, pairs, features, labels, args):
     words. Among equals the usual learning rate wins (DEFAULTS), then the smallest, then the smallest weight decay."""
     hits = [(head(features).argmax(1) == labels).sum() for head in heads]
     top1 = [(n / len(labels)).item() for n in hits]
-    cells = [f"{100 * x:.1f} (lr {lr:g}, weight decay {decay:g})" for x, (lr, decay) in zip(top1, pairs)]
+    cells = [f"{100 * x:.1f} (lr {lr:g}, weight decay {decay:g})"
+             for x, (lr, decay) in zip(top1, pairs)]
     ddp.print0(f"top-1 on {args.val}: {', '.join(cells)}")
 
     usual = DEFAULTS[row_of_defaults(args)]
@@ -238,8 +240,8 @@ def main():
     # data
     dataset = data.ImageList(args.data, args.list, spec, args.aug)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
-    C, steps = len(draws.counts), len(dataset) // args.batch
-    if args.protocol == "rep" and draws.counts.max() > 2 * draws.counts.min():  # ImageNet: 1,300 to 732
+    counts, steps = draws.counts, len(dataset) // args.batch
+    if args.protocol == "rep" and counts.max() > 2 * counts.min():  # ImageNet has 732 to 1,300
         ddp.print0(f"{args.list} is not balanced, so beta is not that of the features alone")
 
     # many / medium / few go by what the backbone has seen, unless its list has other classes
@@ -255,7 +257,8 @@ def main():
     val = None
     if len(pairs) > 1:
         if args.val == "none":
-            sys.exit("error: several classifiers need a --val that chooses; or pass one --lr and --weight-decay")
+            sys.exit("error: several classifiers need a --val that chooses; or pass one --lr and "
+                     "--weight-decay")
         for trained_on in {args.list, backbone_list or args.list}:
             data.refuse_overlap(args.data, trained_on, args.val)
         data.refuse_other_classes(class_names, args.data, args.val)
@@ -287,7 +290,7 @@ def main():
         joint = checkpoint.read_head(Path(args.backbone).with_name("head.pt"))
         heads = Heads(ScaledHead(joint["weight"], joint["bias"]) for _ in pairs)
     else:
-        heads = linear_heads(len(pairs), D, C)
+        heads = linear_heads(len(pairs), D, len(counts))
     net = ddp.wrap(heads.to(device))
     groups = [{"params": head.parameters(), "weight_decay": decay}
               for head, (_, decay) in zip(heads, pairs)]
@@ -324,7 +327,7 @@ def main():
             labels = labels.to(device, non_blocking=True)
             losses = torch.stack([F.cross_entropy(z, labels) for z in net(features)])     # (M,)
             optimizer.zero_grad()
-            losses.sum().backward()                                       # a head's gradient is its own loss's
+            losses.sum().backward()  # a head's gradient is that of its own loss
             optimizer.step()
             total += losses.detach()
 
@@ -354,7 +357,7 @@ def main():
         best, val_top1, reason = choose(heads, pairs, features_of(val), val.labels.to(device), args)
     lr, decay = pairs[best]
     if not heads[best].weight.isfinite().all():
-        sys.exit(f"error: the classifier is not finite with learning rate {lr:g}; try a smaller --lr")
+        sys.exit(f"error: the classifier is not finite with lr {lr:g}; try a smaller --lr")
     if ddp.rank() == 0:
         chosen = f"lr {lr:g}, weight decay {decay:g} {reason}"
         save_results(args, header, counts_of, heads[best], chosen, val_top1)

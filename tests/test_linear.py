@@ -345,7 +345,7 @@ def test_groups_are_made_by_what_the_backbone_has_seen(script, digits, run, tmp_
     (("--val", "none", "--weight-decay", 0, 1e-4), "several classifiers need a --val that chooses"),
     (("--val", "train_lt0.txt"), "are in the training list"),
     (("--list", "overlap_source/train_lt.txt", "--val", "val.txt"), "label 2 is class 2 in val.txt, but 4 in the training list"),
-    (("--lr", 1e38), "the classifier is not finite with learning rate 1e+38; try a smaller --lr")])
+    (("--lr", 1e38), "the classifier is not finite with lr 1e+38; try a smaller --lr")])
 def test_bad_input_is_one_sentence(linear, args, sentence):
     with pytest.raises(SystemExit) as error:
         linear(*args)

@@ -249,7 +249,7 @@ def class_folders(root, dataset, holdout, seed):
 # ---- scenes of digits, for transfer_det.py
 
 SIDE = 128  # pixels
-FIRST_SCENE = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # indices are seeds: no two splits share a background
+FIRST_SCENE = {"train": 0, "test": 2_000_000}  # indices are seeds, so the splits share no background
 
 
 def digit_images(split):

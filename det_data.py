@@ -18,7 +18,10 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as coco_mask
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import ddp
@@ -27,24 +30,17 @@ from sources import FIRST_SCENE, SIDE, digit_images, scene
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
-LAYOUTS = {
-    "voc": "VOCdevkit with VOC2007/ and VOC2012/, "
-           "each with JPEGImages/, Annotations/ and ImageSets/Main/",
-    "coco": "annotations/instances_{train,val}2017.json, train2017/ and val2017/",
-}
 
 
 @contextlib.contextmanager
 def named(file):
-    """Add the file's name to an error: an XML that ends early, a number that is missing, a truncated image."""
+    """Add the file's name to an error: a missing file, an XML that ends early, a truncated image."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        message = f"error: {file} cannot be used ({reason}); repair it or leave it out"
-        if get_worker_info():
-            raise RuntimeError(message) from None  # the main process hears of no SystemExit
-        sys.exit(message)
+        kind = RuntimeError if get_worker_info() else SystemExit  # a worker cannot end the main process
+        raise kind(f"error: {file} cannot be used ({reason}); check it, and --data") from None
 
 
 # ---- data sets as dictionaries
@@ -58,32 +54,20 @@ def digits_dictionary(split, n):
         pixels = torch.from_numpy(grey).repeat(3, 1, 1)
         images.append({"id": index, "width": SIDE, "height": SIDE, "pixels": pixels})
         for label, mask in objects:
-            rows = np.flatnonzero(mask.any(axis=1)).tolist()
-            columns = np.flatnonzero(mask.any(axis=0)).tolist()
-            x, y = columns[0], rows[0]
-            box = [x, y, columns[-1] + 1 - x, rows[-1] + 1 - y]
-            annotations.append({"image_id": index, "category_id": label + 1, "bbox": box,
-                                "area": int(mask.sum()), "segmentation": to_rle(mask)})
+            rle = to_rle(mask)
+            annotations.append({"image_id": index, "category_id": label + 1, "segmentation": rle,
+                                "bbox": coco_mask.toBbox(rle).tolist()})
     categories = [{"id": label + 1, "name": str(label)} for label in range(10)]
-    return complete({"images": images, "categories": categories, "annotations": annotations,
-                     "masks": True}, "digits")
-
-
-def expect(path, name):
-    if not path.exists():
-        sys.exit(f"error: {path} is missing; --data expects {LAYOUTS[name]}")
-    return path
+    return complete({"images": images, "categories": categories, "annotations": annotations})
 
 
 def coco_dictionary(root, split):
-    folder = expect(root / split, "coco")
-    file = expect(root / "annotations" / f"instances_{split}.json", "coco")
-    coco_mask()  # exits here, not after the training, if pycocotools is missing
+    file = Path(root, "annotations", f"instances_{split}.json")
     with named(file):
         dataset = json.loads(file.read_text(encoding="utf-8-sig"))
         for image in dataset["images"]:
-            image["file_name"] = str(folder / image["file_name"])
-        return complete(dataset, file)
+            image["file_name"] = str(Path(root, split, image["file_name"]))
+        return complete(dataset)
 
 
 def voc_dictionary(root, splits):
@@ -94,9 +78,8 @@ def voc_dictionary(root, splits):
     ids = {name: i for i, name in enumerate(VOC_CLASSES, 1)}
     images, annotations = [], []
     for year, split in splits:
-        folder = root / f"VOC{year}"
-        photos = expect(folder / "JPEGImages", "voc")
-        file = expect(folder / "ImageSets" / "Main" / f"{split}.txt", "voc")
+        folder = Path(root, f"VOC{year}")
+        file = folder / "ImageSets" / "Main" / f"{split}.txt"
         with named(file):
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         names = [line.strip() for line in lines if line.strip()]
@@ -106,32 +89,28 @@ def voc_dictionary(root, splits):
                 tree = ElementTree.parse(file)
                 width, height = (int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
                 images.append({"id": image_id, "width": width, "height": height,
-                               "file_name": str(photos / f"{name}.jpg")})
+                               "file_name": str(folder / "JPEGImages" / f"{name}.jpg")})
                 for node in tree.findall("object"):
                     x0, y0, x1, y1 = (float(node.findtext(f"bndbox/{side}"))
                                       for side in ("xmin", "ymin", "xmax", "ymax"))
                     box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
-                    category = node.findtext("name").strip()
                     annotations.append({"image_id": image_id, "bbox": box,
-                                        "category_id": ids.get(category, category),
+                                        "category_id": ids[node.findtext("name").strip()],
                                         "difficult": int(node.findtext("difficult", "0"))})
     categories = [{"id": i, "name": name} for name, i in ids.items()]
-    return complete({"images": images, "categories": categories, "annotations": annotations}, root)
+    return complete({"images": images, "categories": categories, "annotations": annotations})
 
 
-def complete(dataset, source):
+def complete(dataset):
     """Fill in what annotations leave out, and `inside`, the box within its image as [x0, y0, x1, y1]. Number them from
     1, because 0 means "unmatched" to pycocotools."""
     images = {image["id"]: image for image in dataset["images"]}
     category_ids = {c["id"] for c in dataset["categories"]}
     for number, a in enumerate(dataset["annotations"], 1):
-        image = images.get(a["image_id"])
-        if image is None:
-            sys.exit(f"error: {source}: annotation {a.get('id', number)} is of image {a['image_id']}, "
-                     "which is not listed")
-        if a["category_id"] not in category_ids:
-            sys.exit(f"error: {source}: image {image.get('file_name', image['id'])} has an annotation "
-                     f"of the unknown category {a['category_id']}; the label map is wrong")
+        if a["image_id"] not in images or a["category_id"] not in category_ids:
+            raise ValueError(f"annotation {number} is of image {a['image_id']} and category "
+                             f"{a['category_id']}, and one of them is not listed")
+        image = images[a["image_id"]]
         x, y, w, h = a["bbox"]
         inside = [max(x, 0), max(y, 0), min(x + w, image["width"]), min(y + h, image["height"])]
         a |= {"iscrowd": 0, "difficult": 0, "area": w * h, **a, "id": number, "inside": inside}
@@ -142,76 +121,53 @@ def read_datasets(name, root, train_scenes=1000, test_scenes=300):
     """Training and test set: of voc or coco in the folder root, or of digits. Their key "masks" says whether objects
     have masks. Exits if the test set could not be scored."""
     if name == "digits":
-        return digits_dictionary("train", train_scenes), digits_dictionary("test", test_scenes)
-    root = expect(Path(root), name)
-    if name == "voc":
+        train, test = digits_dictionary("train", train_scenes), digits_dictionary("test", test_scenes)
+    elif name == "voc":
         train = voc_dictionary(root, [("2007", "trainval"), ("2012", "trainval")])
         test = voc_dictionary(root, [("2007", "test")])
     else:
-        train = coco_dictionary(root, "train2017")
-        test = coco_dictionary(root, "val2017")
+        train, test = coco_dictionary(root, "train2017"), coco_dictionary(root, "val2017")
     if train["categories"] != test["categories"]:
         sys.exit(f"error: {root}: training and test set have different categories; the label map is wrong")
+    if all(a["iscrowd"] or a["difficult"] for a in test["annotations"]):
+        sys.exit(f"error: {root}: the test set has no object to find: all are crowds or difficult")
 
-    # average precision needs an object to find
-    scored = [a for a in test["annotations"] if not a["iscrowd"] and not a["difficult"]]
-    flat = sum(min(a["bbox"][2:]) <= 0 for a in scored)
-    if flat == len(scored):
-        sys.exit(f"error: {root}: no test object counts: all are crowds, difficult or without area")
-    if flat:
-        ddp.print0(f"{flat} of {len(scored)} test objects have boxes without area and count as missed")
-
-    # all objects have masks, or none
+    # all objects have masks, or none; an empty list of polygons is no mask
     objects = train["annotations"] + test["annotations"]
-    masks = sum(any(a.get("segmentation") or ()) for a in objects)
-    if masks not in (0, len(objects)):
-        sys.exit(f"error: {root}: {len(objects) - masks} of {len(objects)} objects of training and "
-                 "test set have no mask (segmentation); give each object one, or none")
-    if not masks:
-        ddp.print0("no object has a mask (segmentation): this trains a Faster R-CNN, on boxes alone")
-    train["masks"] = test["masks"] = masks > 0
+    without = sum(not any(a.get("segmentation") or ()) for a in objects)
+    if 0 < without < len(objects):
+        sys.exit(f"error: {root}: {without} of {len(objects)} objects of training and test set have "
+                 "no mask (segmentation); give each object one, or none")
+    train["masks"] = test["masks"] = without == 0
     return train, test
 
 
 # ---- masks, images, targets
 
-def coco_mask():
-    """The module pycocotools.mask. Exits if pycocotools, which only detection needs, is not installed."""
-    try:
-        import pycocotools.mask
-    except ImportError:
-        sys.exit("error: masks and COCO's AP need pycocotools: pip install pycocotools")
-    return pycocotools.mask
-
-
 def to_rle(mask):
     """bool (H, W) -> COCO's run-length encoding, in types that JSON has."""
-    rle = coco_mask().encode(np.asfortranarray(mask, np.uint8))
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
 def to_mask(segmentation, H, W):
     """COCO's polygons or run-length encoding -> uint8 (H, W)."""
-    m = coco_mask()
     if isinstance(segmentation, list):
-        segmentation = m.merge(m.frPyObjects(segmentation, H, W))
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, H, W))
     elif isinstance(segmentation["counts"], list):
-        segmentation = m.frPyObjects(segmentation, H, W)
-    return torch.from_numpy(m.decode(segmentation))
+        segmentation = coco_mask.frPyObjects(segmentation, H, W)
+    return torch.from_numpy(coco_mask.decode(segmentation))
 
 
 def read_pixels(image):
-    """An entry of "images" -> uint8 (3, H, W). The camera's orientation (EXIF) is applied, as in detectron2, unless
-    only the stored pixels have the annotation's width and height."""
+    """An entry of "images" -> uint8 (3, H, W). The camera's orientation (EXIF) is applied, as in detectron2."""
     if "pixels" in image:
         return image["pixels"]
-    content = Path(image["file_name"]).read_bytes()
-    for upright in (True, False):
-        pixels = decode(content, upright)
-        H, W = pixels.shape[1:]
-        if (W, H) == (image["width"], image["height"]):
-            return pixels
-    raise ValueError(f"it is {W} x {H}, but its annotation says {image['width']} x {image['height']}")
+    pixels = decode(Path(image["file_name"]).read_bytes(), upright=True)
+    H, W = pixels.shape[1:]
+    if (W, H) != (image["width"], image["height"]):
+        raise ValueError(f"it is {W} x {H}, but its annotation says {image['width']} x {image['height']}")
+    return pixels
 
 
 class Scenes(Dataset):
@@ -221,7 +177,7 @@ class Scenes(Dataset):
     1 (0 is the background) and, if `masks`, masks uint8 (n, H, W).
 
     Targets leave out crowds, and boxes that are at most 1 px wide or high within the image. VOC's difficult objects
-    stay. If `train`, images without an object are left out, and what is left out is printed.
+    stay. If `train`, images without an object are left out, and what remains is counted and printed.
     """
 
     def __init__(self, dataset, masks, train=False):
@@ -235,14 +191,13 @@ class Scenes(Dataset):
         self.images = dataset["images"]
         if train:
             self.images = [image for image in self.images if self.objects[image["id"]]]
+            n, m = sum(map(len, self.objects.values())), len(self.images)
             N, M = len(dataset["annotations"]), len(dataset["images"])
-            n, m = N - sum(map(len, self.objects.values())), M - len(self.images)
-            left_out = (f"{n} of {N} objects and {m} of {M} images left out of training: crowds, boxes "
-                        "of at most 1 px within their image, images without an object")
-            if m == M:
-                sys.exit(f"error: no training image has a usable object; {left_out}")
-            if n or m:
-                ddp.print0(left_out)
+            detector = "Mask R-CNN" if masks else "Faster R-CNN"
+            ddp.print0(f"training a {detector} on {n} of {N} objects and {m} of {M} images; crowds, boxes "
+                       "of at most 1 px and images without an object are left out")
+            if not self.images:
+                sys.exit("error: no training image has a usable object")
 
     def __len__(self):
         return len(self.images)
@@ -258,9 +213,10 @@ class Scenes(Dataset):
         with named(image.get("file_name")):
             pixels = read_pixels(image)
             H, W = pixels.shape[1:]
-            masks = [to_mask(a["segmentation"], H, W) for a in objects if self.masks]
-        if self.masks:
-            target["masks"] = torch.stack(masks) if masks else torch.zeros(0, H, W, dtype=torch.uint8)
+            if self.masks:
+                masks = [to_mask(a["segmentation"], H, W) for a in objects]
+                none = torch.zeros(0, H, W, dtype=torch.uint8)
+                target["masks"] = torch.stack(masks) if masks else none
         return mirror(pixels, target) if mirrored else (pixels, target)
 
 
@@ -366,12 +322,8 @@ def voc_ap(dataset, detections):
     difficult, false if an earlier detection has the object, and true if not. Difficult objects are not counted, and a
     class that has no others is left out. Boxes begin at 0, so widths need no +1.
     """
-    categories = [c["id"] for c in dataset["categories"]]
-    if unknown := {d["category_id"] for d in detections}.difference(categories):
-        sys.exit(f"error: detections of the unknown categories {unknown}; the label map is wrong")
-
     aps = []
-    for category in categories:
+    for category in [c["id"] for c in dataset["categories"]]:
         objects = [a for a in dataset["annotations"] if a["category_id"] == category]
         difficult = np.array([a.get("difficult", 0) for a in objects], bool)
         if difficult.all():
@@ -387,9 +339,6 @@ def voc_ap(dataset, detections):
 
 def coco_ap(dataset, detections, kind):
     """COCO's {"AP", "AP50", "AP75"} in percent, from pycocotools. kind: `bbox` or `segm`."""
-    coco_mask()
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
     if not detections:  # pycocotools would fail
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
 

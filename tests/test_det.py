@@ -2,7 +2,6 @@
 import io
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +97,6 @@ def test_voc_ap_empty_classes_and_ties():
     true, false = (0, 1, A, 0.5), (1, 1, FAR, 0.5)
     assert voc_ap(truth((0, 1, A)), found(true, false))["AP50"] == 100
     assert voc_ap(truth((0, 1, A)), found(false, true))["AP50"] == 50
-    with pytest.raises(SystemExit, match="unknown categories .7.; the label map is wrong"):
-        voc_ap(truth((0, 1, A)), found((0, 7, A, 0.9)))
 
 
 def devkit(dataset, detections, category, threshold):
@@ -161,7 +158,7 @@ def test_coco_ap():
     thing = {"image_id": 7, "category_id": 5, "bbox": [10, 10, 20, 20], "id": 0, "segmentation": to_rle(mask)}
     crowd = {**thing, "bbox": [40, 40, 20, 20], "iscrowd": 1, "segmentation": to_rle(~mask)}
     dataset = complete({"images": [{"id": 7, "width": 64, "height": 64}], "categories": [{"id": 5, "name": "x"}],
-                        "annotations": [thing, crowd]}, "test")
+                        "annotations": [thing, crowd]})
     detection = {"image_id": 7, "category_id": 5, "score": 0.9, "bbox": [10, 10, 20, 20], "segmentation": to_rle(half)}
     on_crowd = {**detection, "bbox": [45, 45, 5, 5], "score": 0.95}  # ignored
     assert coco_ap(dataset, [on_crowd, detection], "bbox") == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
@@ -283,7 +280,7 @@ def dictionary(*boxes):
     image = {"id": 42, "width": 100, "height": 80, "pixels": torch.zeros(3, 80, 100, dtype=torch.uint8)}
     annotations = [{"image_id": 42, "category_id": c, "bbox": b, **dict(*extra)} for c, b, *extra in boxes]
     return complete({"images": [image], "categories": [{"id": c, "name": str(c)} for c in (90, 3, 17)],
-                     "annotations": annotations}, "test")
+                     "annotations": annotations})
 
 
 def test_crowd_degenerate_and_clipped_boxes():
@@ -295,9 +292,9 @@ def test_crowd_degenerate_and_clipped_boxes():
     crowd = dictionary((3, [10, 10, 20, 20], {"iscrowd": 1}))
     _, target = Scenes(crowd, masks=True)[0, False]
     assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 80, 100) and target["labels"].shape == (0,)
-    with pytest.raises(SystemExit, match="no training image has a usable object; 1 of 1 objects and 1 of 1 images"):
+    with pytest.raises(SystemExit, match="no training image has a usable object"):
         Scenes(crowd, masks=True, train=True)
-    with pytest.raises(SystemExit, match="test: image 42 has an annotation of the unknown category 4"):
+    with pytest.raises(ValueError, match="annotation 1 is of image 42 and category 4, and one of them is not listed"):
         dictionary((4, [1, 2, 3, 4]))
 
 
@@ -378,18 +375,16 @@ def test_voc_names_with_blanks_and_a_byte_order_mark(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_exif_orientation_follows_the_annotation(tmp_path, orientation, kind):
-    """As in detectron2. Only where the annotation has the size of the stored pixels alone do they stay as they are."""
+def test_exif_orientation(tmp_path, orientation, kind):
+    """Applied, as in detectron2."""
     stored = Image.fromarray(np.random.RandomState(0).randint(0, 256, (6, 8, 3), np.uint8)).resize((64, 48))
     exif = Image.Exif()
     exif[0x112] = orientation
     stored.save(tmp_path / "x.jpg", kind, exif=exif, quality=95)
-    stored = Image.open(tmp_path / "x.jpg")
-    for image in (stored, ImageOps.exif_transpose(stored)):
-        entry = {"file_name": str(tmp_path / "x.jpg"), "width": image.width, "height": image.height}
-        expected = image if orientation > 4 else ImageOps.exif_transpose(stored)
-        expected = torch.from_numpy(np.array(expected.convert("RGB"))).permute(2, 0, 1).int()
-        assert (det_data.read_pixels(entry).int() - expected).abs().max() <= 1
+    image = ImageOps.exif_transpose(Image.open(tmp_path / "x.jpg"))
+    entry = {"file_name": str(tmp_path / "x.jpg"), "width": image.width, "height": image.height}
+    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).int()
+    assert (det_data.read_pixels(entry).int() - expected).abs().max() <= 1
     with pytest.raises(ValueError, match="its annotation says 64 x 47"):
         det_data.read_pixels({**entry, "width": 64, "height": 47})
 
@@ -516,37 +511,6 @@ def test_the_protocol(monkeypatch, tmp_path):
 
 # ---- bad input: one sentence
 
-def test_missing_parts_of_the_layouts(tmp_path):
-    voc, coco = tmp_path / "voc", tmp_path / "coco"
-    stand_ins.voc(voc)
-    stand_ins.coco(coco)
-
-    def sentence(dataset, root):
-        with pytest.raises(SystemExit) as error:
-            det_data.read_datasets(dataset, root)
-        return str(error.value)
-
-    assert sentence("coco", tmp_path / "gone").startswith(f"error: {tmp_path}/gone is missing; --data expects annotat")
-    file = coco / "annotations/instances_train2017.json"
-    good = json.loads(file.read_text())
-    good["categories"][0]["name"] = "other"
-    file.write_text(json.dumps(good))
-    assert "training and test set have different categories; the label map is wrong" in sentence("coco", coco)
-    file.unlink()
-    assert "instances_train2017.json is missing; --data expects annotations/" in sentence("coco", coco)
-
-    xml = voc / "VOC2012/Annotations/trainval_1.xml"
-    text = xml.read_text()
-    xml.write_text(text.replace("dog", "wolf"))
-    assert "trainval_1.jpg has an annotation of the unknown category wolf; the label map is wrong" in sentence("voc", voc)
-    xml.write_text(text.replace(">64</w", ">63</w"))
-    train, _ = det_data.read_datasets("voc", voc)
-    with pytest.raises(SystemExit, match="trainval_1.jpg cannot be used .*it is 64 x 48, but its annotation says 63 x 48"):
-        Scenes(train, masks=False)[3, False]
-    (voc / "VOC2007/ImageSets/Main/test.txt").unlink()
-    assert "test.txt is missing; --data expects VOCdevkit with VOC2007/ and VOC2012/" in sentence("voc", voc)
-
-
 def in_xml(old, new, name="*"):
     """The annotations of VOC with `new` instead of `old`, which `.*` ends."""
     def change(root):
@@ -591,19 +555,18 @@ def deep(old):
 
 
 PHOTO, TEST_XML, VAL = "VOC2007/JPEGImages/test_1.jpg", "VOC2007/Annotations/test_1.xml", "annotations/instances_val2017.json"
-NO_IMAGE, NO_TEST_OBJECT = "no training image has a usable object; ", "no test object counts: "
+NO_IMAGE, NO_TEST_OBJECT = "no training image has a usable object", "the test set has no object to find: "
 
 
 @pytest.mark.parametrize("dataset, change, sentence", [
     # an endless loop
-    ("coco", each("train2017", iscrowd=1), NO_IMAGE + "6 of 6 objects and 2 of 2 images left out"),
+    ("coco", each("train2017", iscrowd=1), NO_IMAGE),
     ("coco", each("train2017", bbox=[70, 5, 9, 9]), NO_IMAGE),
-    ("coco", in_json(lambda c: c["annotations"].clear(), "train2017"), NO_IMAGE + "0 of 0 objects and 2 of 2"),
+    ("coco", in_json(lambda c: c["annotations"].clear(), "train2017"), NO_IMAGE),
     ("voc", in_xml(">64<", ">0<"), NO_IMAGE),
     # AP -100, or none
     ("coco", in_json(lambda c: c["annotations"].clear(), "val2017"), NO_TEST_OBJECT),
     ("coco", each("val2017", iscrowd=1), NO_TEST_OBJECT),
-    ("coco", each("val2017", bbox=[5, 5, -3, 9]), NO_TEST_OBJECT),
     ("voc", in_xml("<bndbox>", "<difficult>1</difficult><bndbox>", "test_0"), None),
     ("voc", in_xml("<name>", "<difficult>1</difficult><name>", "test_*"), NO_TEST_OBJECT),
     ("voc", rewrite("VOC2007/ImageSets/Main/test.txt", b" \n\n"), NO_TEST_OBJECT),
@@ -612,6 +575,11 @@ NO_IMAGE, NO_TEST_OBJECT = "no training image has a usable object; ", "no test o
     ("coco", each("val2017", segmentation=None), "6 of 12 objects"),
     ("coco", each("train2017", segmentation=[[]]), "6 of 12 objects"),
     ("coco", in_json(lambda c: c["annotations"][0].pop("segmentation"), "val2017"), "1 of 12 objects"),
+    # missing, or of other classes
+    ("coco", lambda root: root.rename(root.parent / "x"), "instances_train2017.json cannot be used (FileNotFoundError: "),
+    ("voc", lambda root: (root / "VOC2007/ImageSets/Main/test.txt").unlink(), "test.txt cannot be used (FileNotFoundError"),
+    ("coco", in_json(lambda c: c["categories"][0].update(name="other"), "train2017"), "have different categories; the label"),
+    ("voc", in_xml("dog", "wolf", "trainval_1"), "trainval_1.xml cannot be used (KeyError: 'wolf')"),
     # pixels of the test set
     ("voc", rewrite(PHOTO, deep), "test_1.jpg cannot be used (ValueError: it has more than 8 bits"),
     ("voc", rewrite(PHOTO, lambda old: old[:-20]), "test_1.jpg cannot be used (OSError: image file is truncated"),
@@ -630,7 +598,7 @@ NO_IMAGE, NO_TEST_OBJECT = "no training image has a usable object; ", "no test o
     ("coco", rewrite(VAL, lambda old: old[:-9]), "instances_val2017.json cannot be used (JSONDecodeError: "),
     ("coco", rewrite(VAL, b"[]"), "instances_val2017.json cannot be used (TypeError: "),
     ("coco", in_json(lambda c: c.pop("annotations")), "instances_train2017.json cannot be used (KeyError: 'annotations')"),
-    ("coco", in_json(lambda c: c["images"].pop()), "train2017.json: annotation 13 is of image 501, which is not listed"),
+    ("coco", in_json(lambda c: c["images"].pop()), "train2017.json cannot be used (ValueError: annotation 3 is of image 501 "),
     ("coco", in_json(lambda c: c["images"][0].pop("width")), "train2017.json cannot be used (KeyError: 'width')"),
     ("coco", each(bbox=[1, 2, 3]), "train2017.json cannot be used (ValueError: not enough values"),
     ("coco", rewrite(VAL, lambda old: "\ufeff".encode() + old), None)])
@@ -650,17 +618,14 @@ def test_what_is_left_out_is_printed(tmp_path, capsys):
     stand_ins.coco(tmp_path / "coco")
     train, _ = det_data.read_datasets("coco", tmp_path / "coco")
     Scenes(train, masks=True, train=True)
-    assert capsys.readouterr().out.splitlines() == [
-        "1 of 5 test objects have boxes without area and count as missed",
-        "2 of 6 objects and 0 of 2 images left out of training: crowds, boxes of at most 1 px within their image, "
-        "images without an object"]
+    assert capsys.readouterr().out == (
+        "training a Mask R-CNN on 4 of 6 objects and 2 of 2 images; crowds, boxes of at most 1 px and images without an "
+        "object are left out\n")
     stand_ins.voc(tmp_path / "voc")
-    Scenes(det_data.read_datasets("voc", tmp_path / "voc")[0], masks=False, train=True)
-    assert "left out" not in capsys.readouterr().out
     in_xml(">64</width>", ">0</width>", "trainval_0")(tmp_path / "voc")
     in_xml("<xmin>31.5", "<xmin>131.5", "trainval_1")(tmp_path / "voc")  # xmin > xmax
     scenes = Scenes(det_data.read_datasets("voc", tmp_path / "voc")[0], masks=False, train=True)
-    assert "6 of 8 objects and 2 of 4 images left out of training: " in capsys.readouterr().out and len(scenes) == 2
+    assert "training a Faster R-CNN on 2 of 8 objects and 2 of 4 images; " in capsys.readouterr().out and len(scenes) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -683,7 +648,7 @@ def test_boxes_without_masks_train_a_faster_rcnn(script, small, tmp_path, capsys
     assert list(result["box"]) == ["AP", "AP50", "AP75"] and "mask" not in result
     assert not any("mask" in name for name in torch.load(tmp_path / "out/detector.pt", weights_only=True))
     printed = capsys.readouterr().out
-    assert "no object has a mask (segmentation): this trains a Faster R-CNN, on boxes alone" in printed
+    assert "training a Faster R-CNN on 4 of 6 objects" in printed
 
     both = {**result, "run": "other/run", "mask": {"AP": 12.5, "AP50": 20, "AP75": 10}}
     det_data.print_table([result, both])  # no column of either is lost
@@ -733,12 +698,3 @@ def test_flags_that_do_not_fit(script, small, tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as error:
             script(transfer_det, *args)
         assert expected in str(error.value) and str(error.value).startswith("error: ")
-
-
-def test_without_pycocotools(script, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
-    with pytest.raises(SystemExit, match="pip install pycocotools"):
-        script(transfer_det, "--pretrained", "none", "--out", tmp_path / "out")
-    stand_ins.coco(tmp_path / "coco")
-    with pytest.raises(SystemExit, match="pip install pycocotools"):
-        det_data.read_datasets("coco", tmp_path / "coco")

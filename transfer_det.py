@@ -12,8 +12,8 @@ Detection transfer: fine-tune a representation as the backbone of a detector. Ta
 
 digits  Mask R-CNN on scenes of embedded digits. No digit of a test scene occurs in training scenes or in data/digits.
 voc     Faster R-CNN on trainval 07+12, tested on test 07. --data holds VOC2007/ and VOC2012/.
-coco    Mask R-CNN on train2017, tested on val2017; Faster R-CNN if objects have no masks. --data holds annotations/,
-        train2017/ and val2017/.
+coco    Mask R-CNN on train2017, tested on val2017; Faster R-CNN if objects have no masks. --data holds train2017/,
+        val2017/ and annotations/instances_{train,val}2017.json.
 
 The paper names neither the detector nor the schedule. Both are inferred: its CE rows fit MoCo's R50-C4 experiments (He
 et al., CVPR 2020), whose published settings are the defaults for voc and coco. --accumulate 8 computes the batch of 16
@@ -65,12 +65,11 @@ DEFAULTS = {
 # iterations in drops. scales are the shorter sides of training images, and the last one that of test images.
 PHOTO = dict(base_lr=0.02, max_size=1333, mirror=True,
              mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
-DIGIT = dict(base_lr=0.1, max_size=128, mirror=False,
-             mean=data.DATASETS["digits"]["mean"], std=data.DATASETS["digits"]["std"])
 SPECS = {
     "voc": dict(PHOTO, drops=(18 / 24, 22 / 24), scales=[*range(480, 801, 32)]),
     "coco": dict(PHOTO, drops=(12 / 18, 16 / 18), scales=[*range(640, 801, 32)]),
-    "digits": dict(DIGIT, drops=(0.8, 0.95), scales=[128]),
+    "digits": dict(base_lr=0.1, max_size=128, mirror=False, drops=(0.8, 0.95), scales=[128],
+                   mean=data.DATASETS["digits"]["mean"], std=data.DATASETS["digits"]["std"]),
 }
 # proposals: before and after NMS, in training and in testing. rois: how many per image the heads are trained on.
 HEADS = {
@@ -328,10 +327,7 @@ def predict(detector, scenes, device, workers=0):
             detection["segmentation"] = to_rle(mask[0] > 0.5)
         found.append((index, detections))
 
-    found_by_rank = [found] * ddp.world()
-    if ddp.world() > 1:
-        dist.all_gather_object(found_by_rank, found)
-    in_order = sorted(itertools.chain(*found_by_rank))
+    in_order = sorted(itertools.chain(*ddp.of_all_ranks(found)))
     return [d for _, detections in in_order for d in detections]
 
 
@@ -351,8 +347,7 @@ def parse_args():
     p.add_argument("--test-scenes", type=int, default=300, help="digits: how many, %(default)s")
     p.add_argument("--workers", type=int, help=f"data workers per rank: {default('workers')}")
     # model
-    p.add_argument("--pretrained",
-                   help="a backbone.pt, or none; digits: runs/digits-lt-kcl-seed<n>/backbone.pt")
+    p.add_argument("--pretrained", help="a backbone.pt, or none; digits: that of train_rep.py --loss kcl")
     p.add_argument("--encoder", choices=tuple(ARCHS), metavar="ARCH",
                    help=f"default: from the log of --pretrained, else {default('encoder')}")
     p.add_argument("--arch", choices=("c4", "fpn"), help=f"default: {default('arch')}")
@@ -365,13 +360,10 @@ def parse_args():
     p.add_argument("--warmup", type=int, help=f"iterations of linear warm-up: {default('warmup')}")
     p.add_argument("--weight-decay", type=float, default=1e-4, help="%(default)s; 0 on BatchNorm")
     p.add_argument("--precise-bn", type=int, default=200,
-                   help="iterations that make BatchNorm's final statistics: %(default)s; "
-                        "0 keeps the running ones")
+                   help="iterations of BatchNorm's final statistics: %(default)s; 0 keeps running ones")
     p.add_argument("--seed", type=int, default=0, help="of weights, order and draws: %(default)s")
     # the run
-    p.add_argument("--out", type=Path,
-                   help="default: det-<dataset>-<arch>-seed<n>, in the folder of a backbone.pt of "
-                        "train_rep.py, else in runs/<name of --pretrained>")
+    p.add_argument("--out", type=Path, help="default: next to our backbone.pt, else in runs/<its name>")
     p.add_argument("--log-every", type=int, default=20, help="iterations per log line: %(default)s")
     p.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     p.add_argument("--restart", action="store_true", help="delete what --out holds and start over")
@@ -386,9 +378,6 @@ def parse_args():
                  "a backbone.pt or none")
     if args.pretrained is None:
         args.pretrained = f"runs/digits-lt-kcl-seed{args.seed}/backbone.pt"
-        if not Path(args.pretrained).exists():
-            sys.exit(f"error: {args.pretrained} is missing; first run `python train_rep.py "
-                     f"--loss kcl --seed {args.seed}`, or pass --pretrained none")
     run = {} if args.pretrained == "none" else checkpoint.settings_of(args.pretrained)
     args.encoder = args.encoder or run.get("arch")
 
@@ -465,7 +454,7 @@ def main():
     groups = parameter_groups(detector, args.weight_decay)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9)
 
-    # resume, or start over and remove results, which are an earlier detector's
+    # resume, or start over
     first = 0
     if ckpt:
         first = ckpt["iteration"]
@@ -474,8 +463,6 @@ def main():
         ddp.print0(f"{args.out} resumes after iteration {first} of {args.iterations}")
     net = ddp.wrap(detector)
     if ddp.rank() == 0:
-        if not ckpt:
-            (args.out / "results.json").unlink(missing_ok=True)
         log = checkpoint.open_log(args.out, header, first or None, args.tensorboard)
 
     # train

@@ -39,7 +39,7 @@ def named(file):
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        kind = RuntimeError if get_worker_info() else SystemExit  # a worker cannot end the main process
+        kind = RuntimeError if get_worker_info() else SystemExit  # a worker's exit ends no training
         raise kind(f"error: {file} cannot be used ({reason}); check it, and --data") from None
 
 
@@ -121,14 +121,16 @@ def read_datasets(name, root, train_scenes=1000, test_scenes=300):
     """Training and test set: of voc or coco in the folder root, or of digits. Their key "masks" says whether objects
     have masks. Exits if the test set could not be scored."""
     if name == "digits":
-        train, test = digits_dictionary("train", train_scenes), digits_dictionary("test", test_scenes)
+        train = digits_dictionary("train", train_scenes)
+        test = digits_dictionary("test", test_scenes)
     elif name == "voc":
         train = voc_dictionary(root, [("2007", "trainval"), ("2012", "trainval")])
         test = voc_dictionary(root, [("2007", "test")])
     else:
-        train, test = coco_dictionary(root, "train2017"), coco_dictionary(root, "val2017")
+        train = coco_dictionary(root, "train2017")
+        test = coco_dictionary(root, "val2017")
     if train["categories"] != test["categories"]:
-        sys.exit(f"error: {root}: training and test set have different categories; the label map is wrong")
+        sys.exit(f"error: {root}: training and test set differ in categories; repair the label map")
     if all(a["iscrowd"] or a["difficult"] for a in test["annotations"]):
         sys.exit(f"error: {root}: the test set has no object to find: all are crowds or difficult")
 
@@ -136,8 +138,8 @@ def read_datasets(name, root, train_scenes=1000, test_scenes=300):
     objects = train["annotations"] + test["annotations"]
     without = sum(not any(a.get("segmentation") or ()) for a in objects)
     if 0 < without < len(objects):
-        sys.exit(f"error: {root}: {without} of {len(objects)} objects of training and test set have "
-                 "no mask (segmentation); give each object one, or none")
+        sys.exit(f"error: {root}: {without} of {len(objects)} objects have no mask (segmentation); "
+                 "give all objects of training and test set one, or none")
     train["masks"] = test["masks"] = without == 0
     return train, test
 
@@ -166,7 +168,8 @@ def read_pixels(image):
     pixels = decode(Path(image["file_name"]).read_bytes(), upright=True)
     H, W = pixels.shape[1:]
     if (W, H) != (image["width"], image["height"]):
-        raise ValueError(f"it is {W} x {H}, but its annotation says {image['width']} x {image['height']}")
+        listed = f"{image['width']} x {image['height']}"
+        raise ValueError(f"it is {W} x {H}, its annotation says {listed}")
     return pixels
 
 
@@ -182,7 +185,7 @@ class Scenes(Dataset):
 
     def __init__(self, dataset, masks, train=False):
         self.masks = masks
-        self.category_ids = sorted(c["id"] for c in dataset["categories"])  # COCO's have gaps, labels do not
+        self.category_ids = sorted(c["id"] for c in dataset["categories"])  # COCO's have gaps, labels not
         self.objects = {image["id"]: [] for image in dataset["images"]}
         for a in dataset["annotations"]:
             x0, y0, x1, y1 = a["inside"]
@@ -194,8 +197,8 @@ class Scenes(Dataset):
             n, m = sum(map(len, self.objects.values())), len(self.images)
             N, M = len(dataset["annotations"]), len(dataset["images"])
             detector = "Mask R-CNN" if masks else "Faster R-CNN"
-            ddp.print0(f"training a {detector} on {n} of {N} objects and {m} of {M} images; crowds, boxes "
-                       "of at most 1 px and images without an object are left out")
+            ddp.print0(f"training a {detector} on {n} of {N} objects and {m} of {M} images; "
+                       "crowds, boxes of at most 1 px and images without an object are left out")
             if not self.images:
                 sys.exit("error: no training image has a usable object")
 

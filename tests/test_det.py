@@ -571,21 +571,21 @@ NO_IMAGE, NO_TEST_OBJECT = "no training image has a usable object", "the test se
     ("voc", in_xml("<name>", "<difficult>1</difficult><name>", "test_*"), NO_TEST_OBJECT),
     ("voc", rewrite("VOC2007/ImageSets/Main/test.txt", b" \n\n"), NO_TEST_OBJECT),
     # masks
-    ("coco", each("val2017", segmentation=[]), "coco: 6 of 12 objects of training and test set have no mask"),
+    ("coco", each("val2017", segmentation=[]), "coco: 6 of 12 objects have no mask"),
     ("coco", each("val2017", segmentation=None), "6 of 12 objects"),
     ("coco", each("train2017", segmentation=[[]]), "6 of 12 objects"),
     ("coco", in_json(lambda c: c["annotations"][0].pop("segmentation"), "val2017"), "1 of 12 objects"),
     # missing, or of other classes
     ("coco", lambda root: root.rename(root.parent / "x"), "instances_train2017.json cannot be used (FileNotFoundError: "),
     ("voc", lambda root: (root / "VOC2007/ImageSets/Main/test.txt").unlink(), "test.txt cannot be used (FileNotFoundError"),
-    ("coco", in_json(lambda c: c["categories"][0].update(name="other"), "train2017"), "have different categories; the label"),
+    ("coco", in_json(lambda c: c["categories"][0].update(name="other"), "train2017"), "differ in categories; repair the label map"),
     ("voc", in_xml("dog", "wolf", "trainval_1"), "trainval_1.xml cannot be used (KeyError: 'wolf')"),
     # pixels of the test set
     ("voc", rewrite(PHOTO, deep), "test_1.jpg cannot be used (ValueError: it has more than 8 bits"),
     ("voc", rewrite(PHOTO, lambda old: old[:-20]), "test_1.jpg cannot be used (OSError: image file is truncated"),
     ("voc", rewrite(PHOTO, b"version https://git-lfs"), "test_1.jpg cannot be used (UnidentifiedImageError: "),
     ("voc", lambda root: (root / PHOTO).unlink(), "test_1.jpg cannot be used (FileNotFoundError: "),
-    ("voc", in_xml(">64<", ">0<", "test_1"), "test_1.jpg cannot be used (ValueError: it is 64 x 48, but its annotation"),
+    ("voc", in_xml(">64<", ">0<", "test_1"), "test_1.jpg cannot be used (ValueError: it is 64 x 48, its annotation"),
     ("coco", lambda root: (root / "val2017/501.jpg").unlink(), "501.jpg cannot be used (FileNotFoundError: "),
     # annotations
     ("voc", in_xml("</size>.*", "", "test_1"), "test_1.xml cannot be used (ParseError: "),

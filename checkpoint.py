@@ -89,7 +89,7 @@ def resume(out, settings, finished, restart=False):
         sys.exit(f"error: the {' or '.join(hashes)} of another rank differs; every machine needs the same")
 
     if restart and ddp.rank() == 0:
-        for name in (finished, "ckpt.pt", "head.pt", "log.jsonl", "eval*.json"):
+        for name in (finished, "ckpt.pt", "head.pt", "log.jsonl", "*eval*.json"):
             for file in out.glob(name):
                 file.unlink()
     if restart or first_line is None:

@@ -18,15 +18,19 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
-import pycocotools.mask as coco_mask
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import ddp
 from data import decode
 from sources import FIRST_SCENE, SIDE, digit_images, scene
+
+try:
+    from pycocotools import mask as coco_mask
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+except ImportError:
+    sys.exit("error: detection needs pycocotools for its masks and COCO's AP: pip install pycocotools")
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()

@@ -17,6 +17,7 @@ standard deviation. tools/plots.py draws what is written; pandas makes one file 
 """
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -108,6 +109,7 @@ def load_head(path, root=None, groups=None):
     if path.is_dir():
         path = path / "head.pt"
     head = checkpoint.read_head(path)
+    head = {"class_names": {}, "seed": head["name"], **head}  # older files lack these two
     if root is None:
         checkpoint.same_list(head)
     head["path"] = path
@@ -143,7 +145,9 @@ def evaluate(heads, args, device):
     first = heads[0]
     backbone = load_backbone(first["backbone"], first["arch"])
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
-    workers = 0 if first["dataset"] == "digits" else args.workers
+    workers = args.workers
+    if workers is None:
+        workers = 0 if first["dataset"] == "digits" else data.workers_per_rank()
     encoded, rows = {}, []
 
     def encode(images):                                                   # (b, 3, H, W) uint8 -> (b, D)
@@ -182,7 +186,8 @@ def evaluate(heads, args, device):
                          "head": str(head["path"])})
             if ddp.rank() == 0:
                 file = head["path"].with_name(head["prefix"] + file)
-                file.write_text(json.dumps(rows[-1], indent=1) + "\n")
+                file.with_suffix(".tmp").write_text(json.dumps(rows[-1], indent=1) + "\n")
+                os.replace(file.with_suffix(".tmp"), file)
     return rows
 
 
@@ -267,8 +272,7 @@ def parse_args():
     p.add_argument("--val", help="list that chooses tau; default: the data set's validation list")
     p.add_argument("--names", nargs="+", help="of the table's rows, in order; default: their runs")
     p.add_argument("--batch", type=int, default=256, help="images per rank at a time: %(default)s")
-    p.add_argument("--workers", type=int, default=data.workers_per_rank(),
-                   help="data workers per rank: %(default)s; digits need none")
+    p.add_argument("--workers", type=int, help="per rank: its share of the cores; digits 0")
     return p.parse_intermixed_args()  # flags may stand between the heads
 
 

@@ -263,6 +263,9 @@ def main():
             data.refuse_overlap(args.data, trained_on, args.val)
         data.refuse_other_classes(class_names, args.data, args.val)
         val = data.ImageList(args.data, args.val, spec)
+        if val.labels.max() >= len(counts):
+            sys.exit(f"error: {args.val} has labels up to {val.labels.max()}, "
+                     f"{args.list} only up to {len(counts) - 1}")
 
     # resume, or begin
     header = checkpoint.header(args, backbone_list=backbone_list,

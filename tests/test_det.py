@@ -1,7 +1,9 @@
 """Detection: VOC's AP against the devkit's rule written out, the detectors, the data, and runs end to end."""
+import importlib
 import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -698,3 +700,9 @@ def test_flags_that_do_not_fit(script, small, tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as error:
             script(transfer_det, *args)
         assert expected in str(error.value) and str(error.value).startswith("error: ")
+
+
+def test_without_pycocotools(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(SystemExit, match="^error: .*pip install pycocotools"):
+        importlib.reload(det_data)

@@ -54,39 +54,21 @@ def header(args, **more):
             "time": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def in_use(out):
-    """Whether another process trains into `out`. If none does, this one claims it until it ends or is killed."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-        fcntl.lockf(os.open(out / ".lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
-    return False
-
-
 def resume(out, settings, finished, restart=False):
     """The checkpoint that a run with these settings left in `out`, on the CPU. None if the run starts from scratch.
 
     finished: the file that a run writes last. Exits if it exists, or if `out` holds a run with other settings.
     restart: delete what `out` holds.
     """
+    # ranks on several machines must agree: one that resumes would wait for one that starts over
     log, ckpt = out / "log.jsonl", out / "ckpt.pt"
-    first_line = log.read_text(encoding="utf-8").splitlines()[0] if log.exists() else None
-
-    # Ranks on several machines must agree: one that resumes would wait for one that starts over
+    first_line = log.read_text().splitlines()[0] if log.exists() else None
     found = None if restart else (first_line, ckpt.exists(), (out / finished).exists())
-    hashes = {name[:-7]: x for name, x in settings.items() if name.endswith("_sha256")}
-    busy = ddp.rank() == 0 and in_use(out)
-    all_found, all_hashes, busy = zip(*ddp.of_all_ranks((found, hashes, busy)))
-    if busy[0]:
-        sys.exit(f"error: another process trains into {out}; wait for it, or pass another --out")
-    if any(other != found for other in all_found):
-        sys.exit(f"error: the ranks do not find the same in {out}; every machine must see --out")
-    if any(other != hashes for other in all_hashes):
-        sys.exit(f"error: the {' or '.join(hashes)} of another rank differs; every machine needs the same")
+    hashes = [x for name, x in settings.items() if name.endswith("_sha256")]
+    everyone = ddp.of_all_ranks((found, hashes))
+    if any(other != everyone[0] for other in everyone):
+        sys.exit(f"error: the ranks find different files in {out}, or different lists; "
+                 "every machine must see the same")
 
     if restart and ddp.rank() == 0:
         for name in (finished, "ckpt.pt", "head.pt", "log.jsonl", "*eval*.json"):
@@ -98,11 +80,9 @@ def resume(out, settings, finished, restart=False):
     recorded = json.loads(first_line)["settings"]
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     differences = []
-    for name, value in settings.items():
-        if name in MAY_DIFFER or value == recorded.get(name):
-            continue
-        values = f"{recorded.get(name)} there, {value} here"
-        differences.append(f"{name}: {'other content' if name.endswith('_sha256') else values}")
+    for name, x in settings.items():
+        if name not in MAY_DIFFER and x != recorded.get(name):
+            differences.append(f"{name}: {recorded.get(name)} there, {x} here")
     if differences:
         sys.exit(f"error: {out} holds a run with other settings ({', '.join(differences)}); "
                  "use these, pass another --out, or --restart to delete that run")
@@ -110,10 +90,7 @@ def resume(out, settings, finished, restart=False):
     if (out / finished).exists():
         ddp.print0(f"{out} is finished already; --restart trains it again")
         sys.exit(0)
-    if not ckpt.exists():
-        ddp.print0(f"{out} has no checkpoint yet: the run starts over")
-        return None
-    return torch.load(ckpt, map_location="cpu", weights_only=True)
+    return torch.load(ckpt, map_location="cpu", weights_only=True) if ckpt.exists() else None
 
 
 def open_log(out, header, step=None, tensorboard=False):
@@ -122,26 +99,24 @@ def open_log(out, header, step=None, tensorboard=False):
     step: the run resumes after it. Lines up to this step are kept; later ones will be written again.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lines = []
+    path, lines = out / "log.jsonl", []
     if step is not None:
-        with open(out / "log.jsonl", encoding="utf-8") as f:
-            complete = [line for line in f if line.endswith("}\n")]  # a kill may have cut the last one
-        header, *lines = map(json.loads, complete)
+        complete, _, _ = path.read_text().rpartition("\n")  # a kill may have cut the last line
+        header, *lines = map(json.loads, complete.splitlines())
         lines = [line for line in lines if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in [header, *lines])
-    (out / "log.tmp").write_text(text, encoding="utf-8")
-    os.replace(out / "log.tmp", out / "log.jsonl")
+    (out / "log.tmp").write_text(text)
+    os.replace(out / "log.tmp", path)
 
-    file = open(out / "log.jsonl", "a", buffering=1, encoding="utf-8")
+    file = open(path, "a", buffering=1)
     if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
         # purge_step hides what a killed run has written after its checkpoint
         writer = SummaryWriter(out / "tensorboard", purge_step=(step or 0) + 1, flush_secs=10)
 
     def log(line):
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            sys.exit(f"error: another process has taken over {out}; give each run its own --out")
         print(json.dumps(line), file=file)
         for name, x in line.items() if tensorboard else ():
             numbers = {f"{name}/{i}": n for i, n in enumerate(x)} if isinstance(x, list) else {name: x}
@@ -158,9 +133,7 @@ def settings_of(backbone):
     if not Path(backbone).is_file():
         sys.exit(f"error: no file {backbone}; name a backbone.pt of train_rep.py, or another ResNet's checkpoint")
     log = Path(backbone).with_name("log.jsonl")
-    if not log.exists():
-        return {}
-    return json.loads(log.read_text(encoding="utf-8").splitlines()[0])["settings"]
+    return json.loads(log.read_text().splitlines()[0])["settings"] if log.exists() else {}
 
 
 def read_head(path):

@@ -3,7 +3,6 @@ fail, or find different files."""
 import ctypes
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -313,7 +312,7 @@ def test_finished_restart_and_other_settings(small, script, tmp_path, capsys):
     (out / "backbone.pt").unlink()
     capsys.readouterr()
     script(train_rep, *settings, "--lr", 0.1)
-    assert f"{out} has no checkpoint yet: the run starts over" in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out and (out / "backbone.pt").exists()
 
     # head.pt first, backbone.pt last: a run that ends between the two is not finished
     (out / "backbone.pt").unlink()
@@ -723,26 +722,25 @@ def test_more_processes_than_gpus(monkeypatch, gpus, ranks_here):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="acts as a machine without a GPU")
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
-def test_systems_without_glibc(monkeypatch, platform, tmp_path):
-    """ctypes.CDLL(None) is a TypeError on Windows, which has no fcntl either."""
+def test_systems_without_glibc(monkeypatch, platform):
+    """ctypes.CDLL(None) is a TypeError on Windows."""
     def cdll(name):
         raise TypeError
 
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(ctypes, "CDLL", cdll)
-    monkeypatch.setitem(sys.modules, "fcntl", None)
     devices = []
     ddp.run(lambda: devices.append(ddp.init()))
-    assert devices == [torch.device("cpu")] and not checkpoint.in_use(tmp_path)
+    assert devices == [torch.device("cpu")]
 
 
 LOG = json.dumps({"settings": {"lr": 1, "list_sha256": "a"}, "time": "9:00"}) + "\n"
 MACHINES = [  # what lies in --out on two machines, the hash of their training list, --restart, and what is right
-    (({"log.jsonl": LOG, "ckpt.pt": ""}, {}), "aa", False, "the ranks do not find the same in .*; every machine must see --out"),
-    (({}, {"log.jsonl": LOG, "ckpt.pt": ""}), "aa", False, "every machine must see --out"),
-    (({"log.jsonl": LOG}, {"log.jsonl": LOG.replace("9:00", "8:00")}), "aa", False, "every machine must see --out"),
-    (({"log.jsonl": LOG, "end": ""}, {"log.jsonl": LOG, "ckpt.pt": ""}), "aa", False, "every machine must see --out"),
-    (({"log.jsonl": LOG}, {"log.jsonl": LOG}), "ab", False, "error: the list of another rank differs; every machine needs the same"),
+    (({"log.jsonl": LOG, "ckpt.pt": ""}, {}), "aa", False, "error: the ranks find different files in run, or different lists; every machine must see the same"),
+    (({}, {"log.jsonl": LOG, "ckpt.pt": ""}), "aa", False, "every machine must see the same"),
+    (({"log.jsonl": LOG}, {"log.jsonl": LOG.replace("9:00", "8:00")}), "aa", False, "every machine must see the same"),
+    (({"log.jsonl": LOG, "end": ""}, {"log.jsonl": LOG, "ckpt.pt": ""}), "aa", False, "every machine must see the same"),
+    (({"log.jsonl": LOG}, {"log.jsonl": LOG}), "ab", False, "every machine must see the same"),
     (({"log.jsonl": LOG, "ckpt.pt": ""}, {}), "aa", True, "anew"), (({}, {}), "aa", False, "anew"),
     (({"log.jsonl": LOG, "end": ""},) * 2, "aa", False, "is finished already; --restart trains it again"),
     (({"log.jsonl": LOG.replace("1", "2")},) * 2, "aa", False, "error: .* holds a run with other settings .lr: 2 there, 1 here"),
@@ -769,7 +767,7 @@ def test_machines_that_find_different_files_do_not_wait_for_each_other(ranks, tm
             ranks(2, "two_ranks", seconds=15)
     else:
         assert re.search(printed, ranks(2, "two_ranks", seconds=15))
-    assert not restart or os.listdir(tmp_path / "0/run") == [".lock"]
+    assert not restart or os.listdir(tmp_path / "0/run") == []
 
 
 def test_machines_that_encode_different_lists(ranks, monkeypatch, small):
@@ -785,24 +783,26 @@ def test_machines_that_encode_different_lists(ranks, monkeypatch, small):
         ranks(2, "two_ranks", seconds=15)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="forks")
-def test_two_runs_into_one_folder(small, script, tmp_path):
-    """The second is refused, with --restart too, until the first has ended, be it by a kill."""
-    def first():
-        assert not checkpoint.in_use(tmp_path / "run")
-        started.set()
-        time.sleep(600)
+@pytest.mark.parametrize("restart", [False, True])
+def test_two_runs_into_one_folder(small, script, tmp_path, monkeypatch, restart):
+    """A second one takes over the log, or has just deleted it. The first one ends, and leaves all to the second."""
+    out, save = tmp_path / "run", checkpoint.save
+    settings = ["--loss", "ce", *SETTINGS, "--epochs", 3, *small]
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
 
-    fork = multiprocessing.get_context("fork")
-    started = fork.Event()
-    other = fork.Process(target=first, daemon=True)
-    other.start()
-    assert started.wait(30)
-    settings = ["--loss", "ce", *SETTINGS, *small, "--out", tmp_path / "run"]
-    for flags in ([], ["--restart"]):
-        with pytest.raises(SystemExit, match="error: another process trains into .*run; wait for it, or pass another --out"):
-            script(train_rep, *settings, *flags)
-    other.kill()
-    other.join()
-    script(train_rep, *settings)
-    assert (tmp_path / "run/backbone.pt").exists()
+    def save_then_take_over(state, path):
+        save(state, path)
+        header = json.loads(open(out / "log.jsonl").readline())
+        checkpoint.resume(out, header["settings"], "backbone.pt", restart)
+        if not restart:
+            checkpoint.open_log(out, header, 3)
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match="error: another process has taken over .*run; give each run its own"):
+        m.setattr(checkpoint, "save", save_then_take_over)
+        script(train_rep, *settings, "--out", out)
+    assert not (out / "backbone.pt").exists() and restart != (out / "ckpt.pt").exists()
+    script(train_rep, *settings, "--out", out)
+    script(train_rep, *settings, "--out", tmp_path / "straight")
+    assert without_times(out / "log.jsonl") == without_times(tmp_path / "straight/log.jsonl")
+    for x, y in zip(*(torch.load(folder / "backbone.pt").values() for folder in (out, tmp_path / "straight"))):
+        assert torch.equal(x, y)

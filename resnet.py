@@ -51,9 +51,9 @@ class CifarResNet(nn.Module):
         n = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = self.stage(width, width, n, stride=1)               # (B, width, 32, 32)
-        self.layer2 = self.stage(width, 2 * width, n, stride=2)           # (B, 2 width, 16, 16)
-        self.layer3 = self.stage(2 * width, 4 * width, n, stride=2)       # (B, 4 width, 8, 8)
+        self.layer1 = self.stage(width, width, n, stride=1)               # (B, width, S, S), S = 32 / stem_stride
+        self.layer2 = self.stage(width, 2 * width, n, stride=2)           # (B, 2 width, S / 2, S / 2)
+        self.layer3 = self.stage(2 * width, 4 * width, n, stride=2)       # (B, 4 width, S / 4, S / 4)
         self.fc = nn.Linear(4 * width, num_classes)
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
@@ -113,22 +113,11 @@ def branch(encoder):
     return stage[-1]
 
 
-def initialised(constructor, weights, **num_classes):
-    """A new encoder that starts from `weights` in all but its fc. weights: the state_dict of a load_backbone."""
-    encoder = constructor(**num_classes)
-    missing, unexpected = encoder.load_state_dict(weights, strict=False)
-    wrong = unexpected + [name for name in missing if not name.startswith("fc.")]
-    if wrong:
-        sys.exit(f"error: --init does not fit a new encoder, only one of them has {wrong[0]}; no "
-                 "network can start from the two branches of a BBN")
-    return encoder
-
-
 # ---- reading an encoder from a file
 
 # a checkpoint's entries for the weights; of DINO's two networks it is the teacher that is evaluated
 ENTRIES = ("state_dict", "state_dict_best", "teacher", "model", "model_state_dict", "feat_model")
-PREFIXES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")   # of an encoder's names; the first that fits
+PREFIXES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")   # of an encoder's names, tried in this order
 HEADS = ("fc", "linear", "head", "classifier", "projector", "projection_head", "prototypes")
 
 # files hold more than tensors: arguments (timm, DINO, SupCon), learning rates as numpy numbers (DINO, SwAV, SupCon)
@@ -142,14 +131,10 @@ SAFE = [
 def read_weights(path):
     """{name: tensor} from a .pt, .pth, .ckpt or .safetensors file; of a checkpoint, the first of ENTRIES."""
     if not Path(path).is_file():
-        sys.exit(f"error: {path} is no file")
+        sys.exit(f"error: {path} is not a file")
     load = partial(torch.load, map_location="cpu", weights_only=True)
     if str(path).endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file as load
-        except ImportError:
-            sys.exit(f"error: {path} needs a package: `pip install safetensors`")
-
+        from safetensors.torch import load_file as load
     try:
         with torch.serialization.safe_globals(SAFE):
             content = load(path)
@@ -158,23 +143,27 @@ def read_weights(path):
             content = inner[0]
         return {str(name): x for name, x in content.items()}
     except Exception:  # every kind of damage raises its own
-        sys.exit(f"error: {path} is damaged or no checkpoint, or it holds more than tensors; save "
-                 "model.state_dict() and nothing else")
+        sys.exit(f"error: {path} is damaged or not a checkpoint, or it holds more than tensors; "
+                 "save model.state_dict() and nothing else")
 
 
 def load_backbone(path, arch):
     """The encoder of architecture `arch` without its fc, (B, 3, H, W) -> features (B, D), from a file of ours,
     torchvision, timm, MoCo, DINO, Barlow Twins, VICReg, SwAV, SupCon, LDAM-DRW, classifier-balancing, solo-learn or
-    lightly. Prints what was matched and what was left out.
+    lightly. Prints how many tensors were matched and which were left out.
     """
-    encoder, matched = fit(read_weights(path), arch, path)
-    print0(f"{path}: {matched}")
+    weights = read_weights(path)
+    encoder, left_out = fit(weights, arch, path)
+    some = ", ".join(left_out[:4]) + ", ..." * (len(left_out) > 4)
+    matched = len(weights) - len(left_out)
+    print0(f"{path}: {matched} of {len(encoder.state_dict())} tensors matched; "
+           f"{len(left_out)} left out: {some or 'none'}")
     return encoder
 
 
-def fit(weights, arch, path):
-    """The encoder without its fc from the {name: tensor} of `path`, and a sentence on what was matched. Every tensor
-    except those of a head must be there in its shape."""
+def fit(weights, arch, source):
+    """The encoder without its fc from {name: tensor}, and the names that were left out: those of heads and of other
+    networks. Every other tensor must be there with the right shape. source: where the weights are from."""
     encoder = ARCHS[arch]()
     if not isinstance(getattr(encoder, "fc", None), nn.Linear):
         sys.exit(f"error: {arch} must end in an nn.Linear called fc; see ARCHS in resnet.py")
@@ -182,42 +171,38 @@ def fit(weights, arch, path):
     if any(".rebalanced." in name for name in weights):                   # of BBN: features (B, 2 D)
         branch(encoder)
     expected = encoder.state_dict()
-    children, first = {name.split(".")[0] for name in expected}, next(iter(expected))
-    named = enumerate(encoder.named_children())
-    numbered = {str(i): name for i, (name, _) in named}                   # the names in an nn.Sequential
+    first = next(iter(expected))                                          # conv1.weight
     if first not in weights:  # DDP and torch.compile put a word into each name
         weights = {re.sub(r"\b(module|_orig_mod)\.", "", name): x for name, x in weights.items()}
 
-    # where the encoder is in the file, in its own names; heads and other networks are left out
-    for prefix in PREFIXES:
-        state, left_out = {}, []
-        for name, x in weights.items():
-            child, dot, rest = name.removeprefix(prefix).partition(".")
-            if child not in children:
-                child = numbered.get(child, child)
-            wanted = child in children or child not in HEADS
-            if wanted and name.startswith(prefix) and isinstance(x, torch.Tensor):
-                state[child + dot + rest] = x
-            else:
-                left_out.append(name)
-        if first in state:
-            break
-    else:
+    # where in the file the encoder begins; in an nn.Sequential its children are numbered
+    starts = (first, "0." + first.partition(".")[2])
+    prefix = next((p for p in PREFIXES if any(p + start in weights for start in starts)), None)
+    if prefix is None:
         beginnings = sorted({name.split(".")[0] for name in weights})
-        sys.exit(f"error: {path} has no {first}, by itself or below {', '.join(PREFIXES[:-1])}; "
+        sys.exit(f"error: {source} has no {first}, by itself or below {', '.join(PREFIXES[:-1])}; "
                  f"its names begin with {', '.join(beginnings)}")
 
-    # all of it must be there, and nothing else; files of old versions lack num_batches_tracked
-    counters = {name: x for name, x in expected.items() if name.endswith("num_batches_tracked")}
-    state = counters | state
+    # its tensors by their own names; heads and other networks are left out. Old files lack num_batches_tracked
+    children = {name.split(".")[0] for name in expected}
+    numbered = {str(i): name for i, (name, _) in enumerate(encoder.named_children())}
+    state = {name: x for name, x in expected.items() if name.endswith("num_batches_tracked")}
+    left_out = []
+    for name, x in weights.items():
+        child, dot, rest = name.removeprefix(prefix).partition(".")
+        if child not in children:
+            child = numbered.get(child, child)
+        wanted = child in children or child not in HEADS
+        if wanted and name.startswith(prefix) and isinstance(x, torch.Tensor):
+            state[child + dot + rest] = x
+        else:
+            left_out.append(name)
+
+    # all of it must be there, and nothing else
     for name in expected | state:
         found, wanted = (tuple(x[name].shape) if name in x else "absent" for x in (state, expected))
         if found != wanted:
-            sys.exit(f"error: {path} does not fit {arch}: {name} is {found} in the file and {wanted} in {arch}; "
-                     "name the architecture of the file (--arch; transfer_det.py: --encoder), or add it to "
-                     "resnet.py")
+            sys.exit(f"error: {source} does not fit {arch}: {name} is {found} in the file and "
+                     f"{wanted} in {arch}; name the architecture of the file, or add it to resnet.py")
     encoder.load_state_dict(state)
-    below = f" below {prefix}" if prefix else ""
-    some = ", ".join(left_out[:4]) + ", ..." * (len(left_out) > 4)
-    matched = f"{len(weights) - len(left_out)} of {len(expected)} tensors matched{below}"
-    return encoder, f"{matched}; {len(left_out)} left out: {some or 'none'}"
+    return encoder, left_out

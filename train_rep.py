@@ -36,7 +36,7 @@ import data
 import ddp
 from kcl import kcl_loss
 from moco import MoCo, freeze_bn_statistics
-from resnet import ARCHS, fit, initialised, load_backbone, with_head
+from resnet import ARCHS, fit, load_backbone, with_head
 
 KCL_FAMILY = ("kcl", "cl", "fcl")  # k positives from the queue, none, all
 
@@ -205,32 +205,31 @@ def learning_rate(base, schedule, t):
 
 
 def network(args, class_sizes, parts):
-    """The model to train, the same on all ranks, and its encoders: two in a MoCo."""
+    """The model to train, the same on all ranks."""
     constructor = ARCHS[args.arch]
     if args.init:
         start = load_backbone(args.init, args.arch).state_dict()
-        constructor = partial(initialised, constructor, start)
+
+        def constructor(**num_classes):
+            encoder = ARCHS[args.arch](**num_classes)
+            encoder.load_state_dict(start, strict=False)                  # all except fc; checked below
+            return encoder
 
     torch.manual_seed(args.seed)
     if args.loss in (*KCL_FAMILY, *baselines.QUEUE):
         encoder = partial(with_head, constructor, mlp=args.mlp)
         model = MoCo(encoder, args.dim, args.queue, args.m, args.seed, parts)
-        encoders = [model.encoder_q, model.encoder_k]
     else:
         model = baselines.network(args, constructor, class_sizes)
-        encoders = [model]
 
     # read its backbone as stage 2 will, which must not fail after hours; with --init it is still the file's
     backbone, _ = fit(backbone_of(model), args.arch, f"the network of --loss {args.loss}")
     for name, x in backbone.state_dict().items() if args.init else ():
         in_file = re.sub(r"\.(conventional|rebalanced)\b", "", name)      # BBN has its last block twice
-        if not torch.equal(x, start[in_file]):
-            sys.exit(f"error: {name} of --loss {args.loss} is not that of {args.init}; build the "
-                     "encoder in baselines.network with the constructor that it is given")
-    if args.compile:
-        for encoder in encoders:
-            encoder.compile()
-    return model, encoders
+        if in_file not in start or not torch.equal(x, start[in_file]):
+            sys.exit(f"error: {name} of --loss {args.loss} is not that of {args.init}; no network can "
+                     "start from a BBN's, and baselines.network must use the constructor it is given")
+    return model
 
 
 def backbone_of(model):
@@ -322,9 +321,11 @@ def main():
     steps, begin = len(loader), ckpt["epoch"] if ckpt else 0
 
     # model and optimiser
-    model, encoders = network(args, class_sizes, parts)
-    model.to(device, memory_format=torch.channels_last)
-    net = ddp.wrap(encoders[0])                                           # the encoder that gets gradients
+    model = network(args, class_sizes, parts).to(device, memory_format=torch.channels_last)
+    encoders = [model.encoder_q, model.encoder_k] if queued else [model]
+    for encoder in encoders if args.compile else ():
+        encoder.compile()
+    net = ddp.wrap(encoders[0])                                           # it alone gets gradients
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)

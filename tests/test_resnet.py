@@ -1,6 +1,5 @@
 """The encoders, and reading one from the files of other programs, laid out as their code writes them."""
 import argparse
-import sys
 import zipfile
 
 import numpy as np
@@ -193,12 +192,9 @@ def test_half_precision_and_no_step_counters(trained, tmp_path):
     assert all(torch.equal(state[name], x.float()) for name, x in old.items()) and state["bn1.num_batches_tracked"] == 0
 
 
-def test_safetensors(trained, tmp_path, monkeypatch):
+def test_safetensors(trained, tmp_path):
     safetensors.torch.save_file(trained, tmp_path / "x.safetensors")
     assert_reads(tmp_path / "x.safetensors", "resnet8", trained)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(SystemExit, match="error: .*x.safetensors needs a package: `pip install safetensors`"):
-        load_backbone(tmp_path / "x.safetensors", "resnet8")
 
 
 @pytest.mark.parametrize("change, sentence", [
@@ -226,7 +222,7 @@ def test_damaged_files_and_what_is_no_checkpoint(trained, tmp_path):
         torch.save(content, tmp_path / name)
         files[name] = content
     for name in files:
-        with pytest.raises(SystemExit, match=f"^error: .*{name} is damaged or no checkpoint, or it holds more than tensors; save "):
+        with pytest.raises(SystemExit, match=f"^error: .*{name} is damaged or not a checkpoint, or it holds more than tensors; save "):
             load_backbone(tmp_path / name, "resnet8")
     torch.save({**trained, "epoch": 3}, tmp_path / "flat.pth")            # what is no tensor is left out
     assert_reads(tmp_path / "flat.pth", "resnet8", trained)

@@ -7,8 +7,8 @@ Stage 1: train a representation with KCL, or with what it is compared with: CE, 
 
 Writes to --out:
     log.jsonl      first line: command, settings, versions; then a line every --log-every steps
-    ckpt.pt        at the end of an epoch, but at most once a minute; the same command resumes from it
-    head.pt        only with classification losses: the classifier that was trained along
+    ckpt.pt        at the end of an epoch, at most once a minute (and after the last epoch); the same command resumes
+    head.pt        only with classification losses: the classifier that was trained with the encoder
     backbone.pt    last: a plain state_dict in torchvision's names, without the fc
 Next: train_linear.py.
 """
@@ -40,26 +40,26 @@ from resnet import ARCHS, fit, load_backbone, with_head
 
 KCL_FAMILY = ("kcl", "cl", "fcl")  # k positives from the queue, none, all
 
-# The hyper-parameters by kind of data: for photographs those of BalFeat, the authors' code, for CIFAR-LT
-# those of Cao et al. 2019 with a cosine, scaled down for the digits. Then what a loss changes. Flags win.
+# The hyper-parameters: of all, then by kind of data, then what a loss changes. Flags win. Those of photographs are of
+# BalFeat, the authors' code; those of CIFAR-LT are of Cao et al. 2019, with a cosine, and its queue and m are ours.
 DEFAULTS = {
-    "photos": dict(arch="resnet50", epochs=200, batch=256, lr=0.1, schedule="cosine", weight_decay=5e-4,
-                   aug="sup", queue=65536, m=0.999, sampler="instance"),
-    "cifar": dict(arch="resnet32", epochs=200, batch=128, lr=0.1, schedule="cosine", weight_decay=2e-4,
-                  aug="cifar", queue=4096, m=0.99, sampler="instance"),
-    "digits": dict(arch="resnet8s", epochs=200, batch=64, lr=0.1, schedule="cosine", weight_decay=5e-4,
-                   aug="affine", queue=512, m=0.99, sampler="instance", workers=0),
+    "all": dict(epochs=200, lr=0.1, schedule="cosine", sampler="instance"),
+    # ImageNet-LT, iNaturalist, Places365
+    "photos": dict(arch="resnet50", batch=256, weight_decay=5e-4, aug="sup", queue=65536, m=0.999),
+    "cifar": dict(arch="resnet32", batch=128, weight_decay=2e-4, aug="cifar", queue=4096, m=0.99),
+    "digits": dict(arch="resnet8s", batch=64, weight_decay=5e-4, aug="affine", queue=512, m=0.99,
+                   workers=0),
     ("photos", "classification"): dict(epochs=90),
     ("photos", "cl"): dict(lr=0.03, schedule="step", aug="moco"),
     ("cifar", "cl"): dict(lr=0.03, aug="moco"),
     ("digits", "classification"): dict(epochs=90, lr=0.3),                # chosen on val: results/findings.md
     ("digits", "kcl"): dict(lr=0.3),
     ("digits", "cl"): dict(lr=0.03),
-    "bbn": dict(sampler="bilateral"),
+    "bbn": dict(sampler="bilateral"),                                     # its two streams, for no other loss
 }
 BN_BATCH = 32  # photographs: the images that one BatchNorm sees, as on the authors' 8 GPUs x 32
 
-# flags that these losses would ignore without a word; a loss of your own may read them all
+# flags that these losses would ignore silently; a loss of your own may read them all
 NO_POSITIVES = ("ce", "focal", "cb-focal", "ldam", "bbn", "cl", "fcl", "supcon")
 IGNORED_BY = {
     "num_positives": NO_POSITIVES,
@@ -67,67 +67,69 @@ IGNORED_BY = {
     "drop_unused": (*NO_POSITIVES, "kcl-batch"),
     "first_k": (*NO_POSITIVES, "kcl-batch"),
     "drw": (*KCL_FAMILY, "focal", "cb-focal", "bbn", "supcon", "kcl-batch"),
+    "sampler": ("bbn",),
 }
 
 
-def default_of(flag):
-    """A flag's column of DEFAULTS, for --help."""
-    cells = []
-    for key, table in DEFAULTS.items():
-        if flag in table:
-            cells.append(f"{key if isinstance(key, str) else ' '.join(key)} {table[flag]}")
-    return ", ".join(cells)
-
-
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    table = "".join(f"  {key}: {row}\n" for key, row in DEFAULTS.items())
+    p = argparse.ArgumentParser(description=__doc__, epilog=f"defaults by data and loss:\n{table}",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     # method
-    p.add_argument("--loss", choices=(*KCL_FAMILY, *baselines.LOSSES), default="kcl", help="kcl")
+    p.add_argument("--loss", choices=(*KCL_FAMILY, *baselines.LOSSES), default="kcl",
+                   help="default kcl; others: baselines.py")
     p.add_argument("--num-positives", type=int, default=6, help="k of KCL: 6, best in Fig. 5")
     p.add_argument("--temperature", type=float, default=0.07, help="T of the softmax: 0.07")
     p.add_argument("--fixed-divisor", action="store_true", help="KCL: divide by k + 1, always")
-    p.add_argument("--drop-unused", action="store_true", help="KCL: undrawn keys of the class go")
-    p.add_argument("--first-k", action="store_true", help="KCL: the k lowest slots, not random")
-    p.add_argument("--queue", type=int, help=f"K, keys in the queue: {default_of('queue')}")
-    p.add_argument("--m", type=float, help=f"momentum of the key encoder: {default_of('m')}")
+    p.add_argument("--drop-unused", action="store_true",
+                   help="KCL: take undrawn same-class keys out of the denominator")
+    p.add_argument("--first-k", action="store_true",
+                   help="KCL: the first k same-class slots, not random ones")
+    p.add_argument("--queue", type=int, help="K, keys in the queue")
+    p.add_argument("--m", type=float, help="momentum of the key encoder")
     p.add_argument("--dim", type=int, default=128, help="d, the size of an embedding: 128")
     p.add_argument("--mlp", action="store_true", help="MoCo v2's two-layer head, not a linear one")
     p.add_argument("--no-fill", action="store_true", help="start from a random queue, like MoCo")
     p.add_argument("--drw", action="store_true", help="CE, LDAM: re-weight in the last fifth")
-    p.add_argument("--init", help="backbone.pt to start from; --loss ce on a CL backbone is SSP")
+    p.add_argument("--init", help="backbone.pt to start from; --loss ce on a CL backbone is "
+                                  "self-supervised pre-training (SSP)")
     # data
     p.add_argument("--dataset", choices=tuple(data.DATASETS),
-                   help="what splits.json in --data says, else imagenet; without --data digits; "
-                        "a folder of images of at most 64 px is small or small64")
+                   help="default: what splits.json in --data says; else small or small64 if the "
+                        "images have at most 64 px, or imagenet; without --data digits")
     p.add_argument("--data", help="the folder that the list's paths start from")
-    p.add_argument("--list", help="one `path label` per line, in --data or as given; the long tail")
-    p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive", "bilateral"),
-                   help="which images are drawn: instance, every image once; bbn bilateral")
-    p.add_argument("--aug", choices=augment.AUGMENTATIONS, help=default_of("aug"))
-    p.add_argument("--workers", type=int, help="per rank: its share of the cores; digits 0")
+    p.add_argument("--list", help="training list, in --data or as given, with one `path label` per "
+                                  "line; default: the data set's long tail")
+    p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"),
+                   help="which images are drawn; default: instance, every image once per epoch")
+    p.add_argument("--aug", choices=augment.AUGMENTATIONS)
+    p.add_argument("--workers", type=int, help="per rank; default: its share of the cores")
     # optimisation
-    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help=default_of("arch"))
-    p.add_argument("--epochs", type=int, help=default_of("epochs"))
-    p.add_argument("--batch", type=int, help=f"per step, over all ranks: {default_of('batch')}")
-    p.add_argument("--lr", type=float, help=f"for the whole --batch: {default_of('lr')}")
-    p.add_argument("--schedule", choices=("cosine", "step"),
-                   help=f"{default_of('schedule')}; step is MoCo's, x0.1 at 60 and 80 %%")
-    p.add_argument("--weight-decay", type=float,
-                   help=f"{default_of('weight_decay')}; the authors have 1e-4 on full ImageNet")
+    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="see ARCHS in resnet.py")
+    p.add_argument("--epochs", type=int)
+    p.add_argument("--batch", type=int, help="images per step, over all ranks")
+    p.add_argument("--lr", type=float, help="for the whole --batch")
+    p.add_argument("--schedule", choices=("cosine", "step"), help="step: x0.1 at 60 and 80 %%")
+    p.add_argument("--weight-decay", type=float, help="the authors have 1e-4 on full ImageNet")
     p.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentations: 0")
     # speed and memory
     p.add_argument("--virtual-gpus", type=int, metavar="V",
-                   help="train as V GPUs would: each rank takes its batch in V / ranks parts, and "
-                        "BatchNorm sees one part. Photos: parts of 32 images on any number of GPUs; "
-                        "others: as many as there are ranks")
+                   help="train as V GPUs would: a rank takes its batch in V / ranks parts, and "
+                        "BatchNorm sees one part. Default: photos have parts of 32 images on 1, 2, "
+                        "4 or 8 GPUs; all else has as many parts as there are ranks")
     p.add_argument("--amp", action="store_true", help="encoders in bfloat16, the loss in float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the encoders")
     # the run
-    p.add_argument("--out", type=Path, help="runs/<data>-<list>-<loss>[-<variants>]-seed<n>")
+    p.add_argument("--out", type=Path, help="default: runs/<data>-<list>-<loss>[-<...>]-seed<n>")
     p.add_argument("--log-every", type=int, default=10, help="steps between two log lines: 10")
     p.add_argument("--tensorboard", action="store_true", help="the log also in OUT/tensorboard")
-    p.add_argument("--restart", action="store_true", help="throw away what --out holds")
+    p.add_argument("--restart", action="store_true",
+                   help="delete what --out holds; leave it out to resume")
     args = p.parse_args()
+
+    for flag, losses in IGNORED_BY.items():
+        if args.loss in losses and getattr(args, flag) != p.get_default(flag):
+            sys.exit(f"error: --{flag.replace('_', '-')} has no effect with --loss {args.loss}")
 
     # fill in what was not given
     args.dataset = dataset_of(args)
@@ -135,30 +137,37 @@ def parse_args():
     kind = spec["kind"]
     loss = "classification" if args.loss in baselines.CLASSIFICATION else args.loss
     table = dict(data=spec["root"], list=spec["train"], workers=data.workers_per_rank())
-    for key in (kind, (kind, loss), args.loss):
+    for key in ("all", kind, (kind, loss), args.loss):
         table |= DEFAULTS.get(key, {})
-    table |= dict(virtual_gpus=max(ddp.world(), usual_parts(kind, args.loss, args.batch or table["batch"])))
+    batch, usual_parts = args.batch or table["batch"], 1
+    if kind == "photos" and args.loss not in baselines.WHOLE_BATCH and batch % BN_BATCH == 0:
+        usual_parts = batch // BN_BATCH
+    table["virtual_gpus"] = max(ddp.world(), usual_parts)
     for flag, default in table.items():
         if getattr(args, flag) is None:
             setattr(args, flag, default)
 
-    # refuse what would go wrong without a word
+    # refuse what would go wrong silently
     if args.data is None:
-        sys.exit(f"error: --dataset {args.dataset} needs --data, the folder that the list's paths start from")
+        sys.exit(f"error: --dataset {args.dataset} needs --data, where the list's paths start")
     args.data = str(Path(args.data))                                      # without a last slash
-    for flag, losses in IGNORED_BY.items():
-        if args.loss in losses and getattr(args, flag) != p.get_default(flag):
-            sys.exit(f"error: --{flag.replace('_', '-')} has no effect with --loss {args.loss}")
-    if (args.sampler == "bilateral") != (args.loss == "bbn"):
-        sys.exit(f"error: --sampler {args.sampler} is not for --loss {args.loss}; bilateral "
-                 "batches are for bbn alone, and it needs them")
     if args.virtual_gpus % ddp.world() or args.batch % args.virtual_gpus:
-        sys.exit(f"error: --virtual-gpus {args.virtual_gpus} must be a multiple of the {ddp.world()} ranks "
-                 f"and divide --batch {args.batch}")
+        sys.exit(f"error: --virtual-gpus {args.virtual_gpus} must be a multiple of the {ddp.world()} "
+                 f"ranks and divide --batch {args.batch}")
     if args.virtual_gpus > ddp.world() and args.loss in baselines.WHOLE_BATCH:
-        sys.exit(f"error: --virtual-gpus {args.virtual_gpus} takes a batch in parts, but --loss {args.loss} "
-                 "needs it whole")
-    args.out = args.out or default_out(args, kind)
+        sys.exit(f"error: --virtual-gpus {args.virtual_gpus} takes a batch in parts, but "
+                 f"--loss {args.loss} needs it whole")
+
+    # runs/digits-lt-kcl-seed0; runs that differ in other flags than these need an --out
+    name = Path(args.list).with_suffix("").as_posix().replace("train_", "")
+    name = name.strip("/").replace("/", "-")
+    variant = args.loss + "-drw" * args.drw + "-init" * bool(args.init)
+    if args.sampler not in ("instance", "bilateral"):
+        variant += f"-{args.sampler}"
+    folder = f"{Path(args.data).name}-{name}-{variant}-seed{args.seed}"
+    if args.virtual_gpus != usual_parts:
+        folder += f"-{args.virtual_gpus}ranks"                            # BatchNorm sees other batches
+    args.out = args.out or Path("runs", folder)
     return args
 
 
@@ -167,34 +176,14 @@ def dataset_of(args):
     or a folder of one's own, its images may be small."""
     if args.data is None:
         return args.dataset or "digits"
-    list_name = args.list or data.LISTS["train"]
-    name, file = args.dataset, data.find_list(args.data, list_name)
+    name, list_name = args.dataset, args.list or data.LISTS["train"]
+    file = data.find_list(args.data, list_name)
     for folder in (Path(args.data), file.parent if args.list else Path(args.data)):
         if name is None and (folder / "splits.json").exists():
             name = json.loads((folder / "splits.json").read_text())["dataset"]
     if name in (None, "folder") and file.is_file():
         name = data.small_dataset(args.data, data.read_list(args.data, list_name)[0]) or name
     return name or "imagenet"
-
-
-def usual_parts(kind, loss, batch):
-    """The parts of a batch, on however many GPUs: photographs have BN_BATCH images per part, if that divides."""
-    parts = batch // BN_BATCH
-    if kind != "photos" or loss in baselines.WHOLE_BATCH or parts == 0 or batch % parts:
-        return 1
-    return parts
-
-
-def default_out(args, kind):
-    """runs/digits-lt-kcl-seed0. Runs that differ in other flags than these need an --out."""
-    variant = args.loss + "-drw" * args.drw + "-init" * bool(args.init)
-    if args.sampler not in ("instance", "bilateral"):
-        variant += f"-{args.sampler}"
-    name = Path(args.list).with_suffix("").as_posix().strip("/").replace("/", "-").replace("train_", "")
-    out = f"runs/{Path(args.data).name}-{name}-{variant}-seed{args.seed}"
-    if args.virtual_gpus != usual_parts(kind, args.loss, args.batch):
-        out += f"-{args.virtual_gpus}ranks"                               # BatchNorm sees other batches
-    return Path(out)
 
 
 def learning_rate(base, schedule, t):
@@ -250,20 +239,12 @@ def criterion_of(args, model, class_sizes, epoch):
                    first_k=args.first_k)
 
 
-def progress(args, what, total, done=0):
-    """A bar on rank 0. disable=None hides it where there is no terminal."""
-    return tqdm(desc=what, total=total, initial=done, unit="step", mininterval=1,
-                disable=ddp.rank() > 0 or None)
-
-
-def keys_to_fill(loader, draws, args, device):
+def keys_to_fill(loader, draws, device):
     """(images, labels) to fill the queue with, of epochs below 0: more than one if K exceeds the data set."""
-    bar = progress(args, "filling the queue", args.queue // args.batch)
     for epoch in itertools.count(-1, -1):
         draws.set_epoch(epoch)
         for (_, view), labels, _ in loader:
             yield view.to(device), labels.to(device)
-            bar.update()
 
 
 def save_results(args, header, model, class_sizes):
@@ -274,8 +255,7 @@ def save_results(args, header, model, class_sizes):
         weight, bias = baselines.classifier(model)
         spec = data.DATASETS[args.dataset]
         name = baselines.LOSSES[args.loss] + "-DRW" * args.drw
-        if args.init:
-            name += " from another backbone"
+        name += " from another backbone" * bool(args.init)
         checkpoint.save({
             "weight": weight.cpu(), "bias": bias.cpu(), "name": args.out.name, "chosen": "",
             "protocol": f"joint {name}, {args.sampler} sampling", "seed": args.seed,
@@ -307,12 +287,13 @@ def main():
     dataset = data.ImageList(args.data, args.list, spec, args.aug, num_views)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     class_sizes = dataset.labels.bincount()                               # (C,)
-    val = data.beside(args.data, args.list, spec["val"])                  # it chooses later: not to be learned from
+    val = data.beside(args.data, args.list, spec["val"])  # stage 2 selects on it, so stage 1 must not train on it
     if data.find_list(args.data, val).is_file():
         data.refuse_overlap(args.data, args.list, val)
 
-    # what an earlier call has left in --out
-    header = checkpoint.header(args, list_sha256=checkpoint.sha256(data.find_list(args.data, args.list)))
+    # resume, if --out holds a checkpoint
+    list_sha256 = checkpoint.sha256(data.find_list(args.data, args.list))
+    header = checkpoint.header(args, list_sha256=list_sha256)
     ddp.print0("settings: " + ", ".join(f"{name}={x}" for name, x in header["settings"].items())
                + f"; on {device.type}, BatchNorm sees {args.batch // args.virtual_gpus} images of "
                f"{spec['pixels']} px")
@@ -336,15 +317,17 @@ def main():
         ddp.print0(f"{args.out}: resuming after epoch {begin} of {args.epochs}")
     elif queued and not args.no_fill:
         if args.queue > 10 * len(dataset):
-            sys.exit(f"error: --queue {args.queue} would hold each of the {len(dataset)} images many times; "
-                     f"use --queue {2 ** int(math.log2(len(dataset)))} or so")
+            sys.exit(f"error: --queue {args.queue} would hold each of the {len(dataset)} images many "
+                     f"times; use --queue {2 ** int(math.log2(len(dataset)))} or so")
+        ddp.print0(f"filling the queue with {args.queue} keys")
         with amp:
-            model.fill_queue(keys_to_fill(loader, draws, args, device), to_input)
+            model.fill_queue(keys_to_fill(loader, draws, device), to_input)
 
     # train
     if ddp.rank() == 0:
-        log = checkpoint.open_log(args.out, header, begin * steps if ckpt else None, args.tensorboard)
-    bar = progress(args, args.out.name, steps * args.epochs, steps * begin)
+        log = checkpoint.open_log(args.out, header, begin * steps or None, args.tensorboard)
+    bar = tqdm(desc=args.out.name, total=steps * args.epochs, initial=steps * begin, unit="step",
+               mininterval=1, disable=ddp.rank() > 0 or None)             # None: no bar in a file
     saved = time.time()
     for epoch in range(begin, args.epochs):
         draws.set_epoch(epoch)
@@ -372,7 +355,7 @@ def main():
                 stream = 0 if args.loss in baselines.WHOLE_BATCH else ddp.rank() + ddp.world() * j
                 torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + stream)
                 if parts > 1:
-                    freeze_bn_statistics(net, j > 0)                      # the first part moves them
+                    freeze_bn_statistics(net, j > 0)  # only the first part updates the running statistics
                 net.require_backward_grad_sync = j == parts - 1
                 x, y = to_input(images[j::parts]), labels[j::parts]       # (b, 3, H, W), (b,)
                 with amp:
@@ -386,7 +369,8 @@ def main():
                 total += loss.detach() / parts
             optimizer.step()
 
-            # only now: in the queue a query's own key would count twice, and could be drawn
+            # only now: backward needs the old queue, and in a queue that held them already a query's own
+            # key would count twice
             if queued:
                 model.enqueue(keys, key_labels)
             bar.update()
@@ -402,8 +386,8 @@ def main():
                     spread = q.detach().std(0, correction=0).mean() * args.dim**0.5
                     line["feature_std"] = spread.item()
                 if not math.isfinite(line["loss"]):
-                    sys.exit(f"error: the loss is {line['loss']} at step {step}; {args.out} keeps its last "
-                             "checkpoint; try a smaller --lr")
+                    sys.exit(f"error: the loss is {line['loss']} at step {step}; {args.out} keeps its "
+                             "last checkpoint; try a smaller --lr")
                 if ddp.rank() == 0:
                     log(line)
                     bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)

@@ -545,15 +545,13 @@ def test_help_shows_the_table_of_defaults(monkeypatch, capsys):
         train_rep.parse_args()
     shown = " ".join(capsys.readouterr().out.split())
     assert "65536" in shown
-    for flag in ("arch", "epochs", "batch", "lr", "schedule", "weight_decay", "aug", "queue", "m"):
-        for table in train_rep.DEFAULTS.values():
-            assert flag not in table or str(table[flag]) in train_rep.default_of(flag)
-        assert train_rep.default_of(flag) in shown
+    for table in train_rep.DEFAULTS.values():
+        assert str(table) in shown
 
 
 @pytest.mark.parametrize("world, flags, virtual_gpus, suffix", [
     *((world, "", 8, "") for world in (1, 2, 4, 8)), (16, "", 16, "-16ranks"), (1, "--loss ce", 8, ""),
-    (2, "--batch 128", 4, ""), (1, "--batch 100", 1, ""), (1, "--batch 16", 1, ""),
+    (2, "--batch 128", 4, ""), (1, "--batch 80", 1, ""), (1, "--batch 100", 1, ""), (1, "--batch 16", 1, ""),
     (1, "--virtual-gpus 1", 1, "-1ranks"), (2, "--loss supcon", 2, "-2ranks"), (1, "--loss kcl-batch", 1, ""),
     (1, "--loss bbn", 1, ""), (1, "--dataset cifar10", 1, ""), (2, "--dataset digits", 2, "-2ranks")])
 def test_photographs_train_as_on_eight_gpus_with_32_images_each(world, flags, virtual_gpus, suffix, monkeypatch):
@@ -611,8 +609,7 @@ MISTAKES = [
     ("--loss kcl-batch --drop-unused", "--drop-unused has no effect with --loss kcl-batch"),
     ("--loss ce --first-k", "--first-k has no effect with --loss ce"),
     ("--loss focal --drw", "--drw has no effect with --loss focal"),
-    *((f"--loss bbn --sampler {s}", f"--sampler {s} is not for --loss bbn; bilateral") for s in ("instance", "class")),
-    *((f"--loss {x} --sampler bilateral", f"--sampler bilateral is not for --loss {x}") for x in ("ce", "kcl", "supcon", "ldam")),
+    *((f"--loss bbn --sampler {s}", "--sampler has no effect with --loss bbn") for s in ("instance", "class")),
     ("--loss ce --virtual-gpus 3", "--virtual-gpus 3 must be a multiple of the 1 ranks and divide --batch 8"),
     ("--loss supcon --virtual-gpus 2", "--loss supcon needs it whole"),
     ("--dataset imagenet", "--dataset imagenet needs --data"),
@@ -630,6 +627,13 @@ def test_mistakes_end_in_one_sentence(flags, sentence, small, digits, script, tm
         script(train_rep, *SETTINGS, *there, *flags.format(digits=digits).split())
     assert sentence in str(error.value) and str(error.value).startswith("error: ")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("loss", ["ce", "kcl", "supcon", "ldam"])
+def test_bilateral_batches_are_for_bbn_alone(loss, script, capsys):
+    with pytest.raises(SystemExit):
+        script(train_rep, "--loss", loss, "--sampler", "bilateral")
+    assert "argument --sampler: invalid choice: 'bilateral'" in capsys.readouterr().err
 
 
 def test_a_queue_of_many_times_the_list(small, script, tmp_path):

@@ -110,7 +110,10 @@ def open_log(out, header, step=None, tensorboard=False):
 
     file = open(path, "a", buffering=1)
     if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            sys.exit("error: --tensorboard needs a package: pip install tensorboard")
         # purge_step hides what a killed run has written after its checkpoint
         writer = SummaryWriter(out / "tensorboard", purge_step=(step or 0) + 1, flush_secs=10)
 

@@ -134,7 +134,10 @@ def read_weights(path):
         sys.exit(f"error: {path} is not a file")
     load = partial(torch.load, map_location="cpu", weights_only=True)
     if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file as load
+        try:
+            from safetensors.torch import load_file as load
+        except ImportError:
+            sys.exit(f"error: {path} needs a package: pip install safetensors")
     try:
         with torch.serialization.safe_globals(SAFE):
             content = load(path)

@@ -1,5 +1,6 @@
 """The encoders, and reading one from the files of other programs, laid out as their code writes them."""
 import argparse
+import sys
 import zipfile
 
 import numpy as np
@@ -192,9 +193,12 @@ def test_half_precision_and_no_step_counters(trained, tmp_path):
     assert all(torch.equal(state[name], x.float()) for name, x in old.items()) and state["bn1.num_batches_tracked"] == 0
 
 
-def test_safetensors(trained, tmp_path):
+def test_safetensors(trained, tmp_path, monkeypatch):
     safetensors.torch.save_file(trained, tmp_path / "x.safetensors")
     assert_reads(tmp_path / "x.safetensors", "resnet8", trained)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(SystemExit, match="error: .*x.safetensors needs a package: pip install safetensors"):
+        load_backbone(tmp_path / "x.safetensors", "resnet8")
 
 
 @pytest.mark.parametrize("change, sentence", [

@@ -442,6 +442,12 @@ def test_amp_and_compile(small, script, tmp_path, monkeypatch):
     assert not any("_orig_mod" in name for name in state)
 
 
+def test_without_tensorboard(small, script, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit, match="error: --tensorboard needs a package: pip install tensorboard"):
+        script(train_rep, "--loss", "ce", *SETTINGS, *small, "--tensorboard", "--out", tmp_path / "run")
+
+
 def test_tensorboard_holds_the_log(small, script, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     script(train_rep, "--loss", "kcl", *SETTINGS, *small, "--tensorboard", "--out", tmp_path / "run")

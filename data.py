@@ -132,13 +132,12 @@ def class_names(root, name):
 def refuse_other_classes(trained, root, name):
     """Exit if a list numbers the classes differently than the training list, whose class_names are `trained`."""
     names = class_names(root, name)
-    shared = set(names.values()) & set(trained.values())
+    if set(names.values()).isdisjoint(trained.values()):  # no class folders, or named by another rule
+        return
     for c in names.keys() & trained.keys():
-        if shared and names[c] != trained[c]:
+        if names[c] != trained[c]:
             sys.exit(f"error: label {c} is class {names[c]} in {name}, but {trained[c]} in the "
                      "training list; number the classes alike in both")
-    if names and trained and not shared:
-        ddp.print0(f"no class folder of {name} is in the training list: do their labels agree?")
 
 
 def small_dataset(root, paths):
@@ -152,7 +151,6 @@ def small_dataset(root, paths):
         if sides and np.median(sides) <= pixels:
             ddp.print0(f"small images: the data set is {name}, with {pixels} px and CIFAR's settings")
             return name
-    return None
 
 
 def groups(counts):
@@ -267,16 +265,12 @@ class Draws(Sampler):
         self.epochs, self.seed = epochs, seed
         self.counts, self.epoch = labels.bincount(), 0
         if len(labels) < batch:
-            sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}; use "
-                     f"--batch {2 ** int(math.log2(max(1, len(labels))))} or smaller")
+            sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}")
         if batch % ddp.world():
-            sys.exit(f"error: --batch {batch} is that of all ranks and must divide by their number, "
-                     f"{ddp.world()}")
+            sys.exit(f"error: --batch {batch} must divide by the number of ranks, {ddp.world()}")
         if not self.counts.all():
-            empty = int(self.counts.argmin())
-            why = ": do the labels begin at 1?" if empty == 0 else ""
-            sys.exit(f"error: class {empty} has no image in the training list{why}; number the "
-                     "classes from 0 without a gap, and pass that list as --list")
+            sys.exit(f"error: class {int(self.counts.argmin())} has no image in the training list; number "
+                     "the classes from 0 without a gap, and pass that list as --list")
 
     def set_epoch(self, epoch):
         self.epoch = epoch

@@ -8,7 +8,6 @@ Make the list files that everything else starts from. A list file has one line, 
     python make_lt.py --dataset cifar100 --imbalance 100                                  # downloads to data/cifar100
     python make_lt.py --dataset folder --data X --long-tail exponential --imbalance 50    # your own images
     python make_lt.py --dataset folder --data X --long-tail imagenet-lt    # ImageNet-LT's class sizes, other images
-    python make_lt.py --sizes imagenet-lt            # only prints the table, for class sizes or for a list
 
 What X must contain; the label of a class is its position in the sorted folder names:
     imagenet   train/<wnid>/*.JPEG and val/<wnid>/*.JPEG (ILSVRC 2012, image-net.org), ImageNet_LT_{train,val,test}.txt
@@ -30,17 +29,10 @@ What is written to --out, which is X by default; ImageNet_LT_*.txt are not writt
     splits.json          the printed table and the sizes of all classes
     {overlap,independent}_{source,target}/    these lists for half of the classes, relabelled from 0 (Table 4, Fig. 3)
 If X is read-only, pass another --out and train with `--dataset folder --data X --list OUT/train_lt.txt`.
-
-A copy of X with a shorter side of 256 px decodes faster, but its random crops differ from those of the originals:
-    cp -r X X256 && find X256 -name '*.JPEG' -print0 | xargs -0 -P 16 -n 1000 python -c '
-    import sys, PIL.Image, PIL.ImageOps
-    for file in sys.argv[1:]:
-        PIL.ImageOps.cover(PIL.Image.open(file).convert("RGB"), (256, 256)).save(file, quality=95)'
 """
 import argparse
 import json
 import math
-import os
 import random
 import shlex
 import sys
@@ -59,8 +51,7 @@ ALPHAS = {"lt0": 0.0, "lt2": 0.2, "lt4": 0.4, "lt6": 0.6, "lt8": 0.8, "lt": 1.0}
 
 def exponential_counts(num_classes, n_max, imbalance):
     """n_j = int(n_max * imbalance^(-j/(C-1))), the rule of CIFAR-LT (Cui et al. 2019). The largest class is first."""
-    last = max(1, num_classes - 1)
-    return [int(n_max * imbalance ** (-j / last)) for j in range(num_classes)]
+    return [int(n_max * imbalance ** (-j / (num_classes - 1))) for j in range(num_classes)]
 
 
 def alpha_counts(counts, alpha):
@@ -88,17 +79,17 @@ def sizes_by_class(classes, sizes):
     return by_class.tolist()
 
 
-def largest_that_fits(available, imbalance, alpha=1.0):
-    """The largest n_max for which the sizes of this alpha are at most `available` (C,), which has the largest class
-    first. alpha = 1 is the exponential long tail itself."""
+def largest_that_fits(available, imbalance, alphas):
+    """The largest n_max for which the sizes of all these alphas are at most `available` (C,), which has the largest
+    class first. alpha = 1 is the exponential long tail itself."""
     for n_max in range(available[0], 1, -1):
-        sizes = alpha_counts(exponential_counts(len(available), n_max, imbalance), alpha)
-        if (sizes <= available).all():
+        base = exponential_counts(len(available), n_max, imbalance)
+        if all((alpha_counts(base, alpha) <= available).all() for alpha in alphas):
             return n_max
     return 1
 
 
-def read_tail(root, name, C=0):
+def read_tail(root, name, full):
     """Class sizes from a file of numbers or from a list, and the images of each class if it is a list."""
     if name == "imagenet-lt":  # the sizes of the published list
         root, name = sources.EMBEDDED.parent, "imagenet_lt_counts.txt"
@@ -106,7 +97,7 @@ def read_tail(root, name, C=0):
     words = file.read_text(encoding="utf-8-sig", errors="replace").split() if file.is_file() else []
     if words and all(word.isdecimal() for word in words):
         return [int(word) for word in words], [[]] * len(words)
-    images = sources.read_split(root, name, C)
+    images = sources.read_split(root, name, full)
     return [len(paths) for paths in images], images
 
 
@@ -171,31 +162,31 @@ def write(files, overwrite=False):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.tmp")
         temporary.write_bytes(content)
-        os.replace(temporary, file)
+        temporary.replace(file)
 
 
-def write_lists(out, splits, overwrite=False, published=()):
-    """Write {name: split} to <name>.txt, except the published ones, and the halves of all to <half>/<name>.txt."""
+def write_lists(out, splits, overwrite=False):
+    """Write {name: split} to <name>.txt, except ImageNet-LT's own lists, and the halves of all to <half>/<name>.txt."""
     files = {}
     for name, split in splits.items():
         folders = {"": range(len(split))}
         for rule in ("overlap", "independent"):
             source, target = class_split(len(split), rule)
             folders |= {f"{rule}_source": source, f"{rule}_target": target}
-        if name in published:
+        if name in sources.PUBLISHED.values():
             del folders[""]
 
         for folder, classes in folders.items():
             lines = []
             for label, c in enumerate(classes):
                 lines += [f"{path} {label}\n" for path in split[c]]
-            if lines:  # a single class has no halves
-                files[out / folder / f"{name}.txt"] = "".join(lines)
+            files[out / folder / f"{name}.txt"] = "".join(lines)
     write(files, overwrite)
 
 
-def print_table(counts):
-    """Print one line for each list of {name: class sizes}. Returns {name: what its line says, and the class sizes}."""
+def write_table(out, dataset, counts):
+    """Print one line for each list of {name: class sizes}, and write what they say to splits.json. train_rep.py finds
+    out there which data set this is."""
     print("list                classes    max    min      total imbalance   "
           "many / medium / few classes")
     lines = {}
@@ -207,12 +198,7 @@ def print_table(counts):
         print("{:<19} {classes:>7} {max:>6} {min:>6} {total:>10,} {imbalance:>9.1f}   "
               "{many} / {medium} / {few}".format(name, **line))
         lines[name] = line
-    return lines
-
-
-def write_table(out, dataset, counts):
-    """Print the table and write it to splits.json, where train_rep.py finds out which data set this is."""
-    text = json.dumps({"dataset": dataset, "lists": print_table(counts)}) + "\n"
+    text = json.dumps({"dataset": dataset, "lists": lines}) + "\n"
     write({out / "splits.json": text}, overwrite=True)
 
 
@@ -261,11 +247,10 @@ def parse_args():
     p.add_argument("--lt0", choices=("formula", "authors"), default="formula",
                    help="train_lt0.txt of ImageNet-LT: 116 images per class by App. B's formula, "
                    "115 in the authors' table; default: %(default)s")
-    p.add_argument("--sizes", help="only print the table of imagenet-lt, class sizes or a list")
     args = p.parse_args()
 
     spec = DATASETS[args.dataset]
-    if args.dataset == "digits" and args.data and not args.sizes:
+    if args.dataset == "digits" and args.data:
         sys.exit("error: the digits are embedded and take no --data; "
                  "pass a --dataset, or the folder for the digits as --out")
     if args.data is None and spec["root"] is None:
@@ -299,29 +284,19 @@ def long_tail(args, full):
     if args.long_tail == "exponential":
         available = np.array([len(paths) for paths in full])      # (C,)
         classes = np.argsort(-available, kind="stable")           # largest first
-        n_max = args.n_max or largest_that_fits(available[classes], args.imbalance)
+        n_max = args.n_max or largest_that_fits(available[classes], args.imbalance, [1.0])
+        whole_family = largest_that_fits(available[classes], args.imbalance, ALPHAS.values())
         sizes = exponential_counts(C, n_max, args.imbalance)
         print(f"the largest class of the long tail has {n_max} images, the smallest {sizes[-1]}, "
-              f"an imbalance of {n_max / max(1, sizes[-1]):.1f}; --n-max changes it")
+              f"an imbalance of {n_max / max(1, sizes[-1]):.1f}; "
+              f"the whole alpha family needs --n-max {whole_family} or less")
         return sizes_by_class(classes, sizes), [[]] * C
 
-    tail, images = read_tail(args.data, args.long_tail, C)
+    tail, images = read_tail(args.data, args.long_tail, full)
     if len(tail) != C:
         sys.exit(f"error: --long-tail {args.long_tail} has {len(tail)} classes, "
                  f"the training images have {C}")
     return tail, images
-
-
-def print_left_out(name, sizes, available, names, args):
-    """Say which class has too few images for a list, and with which --n-max it has enough."""
-    c = int(np.argmax(np.array(sizes) - available))
-    remedy = ""
-    if args.long_tail == "exponential":
-        n_max = largest_that_fits(np.sort(available)[::-1], args.imbalance, ALPHAS[name])
-        # below the imbalance no image would be left for the smallest class
-        remedy = f"; --n-max {n_max} would do" if n_max >= args.imbalance else "; try a smaller --imbalance"
-    print(f"left out: train_{name}.txt: class {names[c]} has {available[c]} images, "
-          f"{sizes[c]} wanted{remedy}")
 
 
 def main():
@@ -329,11 +304,7 @@ def main():
     args = parse_args()
     root, out = args.data, args.out
 
-    # three cases need no class folders: only a table, the embedded digits, and iNaturalist, which has its own lists
-    if args.sizes:
-        sizes, _ = read_tail(root, args.sizes)
-        print_table(family_counts(sizes, args.lt0))
-        return
+    # two data sets need no class folders: the embedded digits, and iNaturalist, which has its own lists
     if args.dataset == "digits":
         if out.exists():
             sys.exit(f"error: {out} exists already; delete it, or pass another folder as --out")
@@ -348,22 +319,11 @@ def main():
         write_table(out, args.dataset, counts)
         return
 
-    # all images; those that choose a classifier or are reported must not be trained on
+    # all images, then the base long tail of those that may be trained on
     if DATASETS[args.dataset]["kind"] == "cifar":
         sources.unpack_cifar(root, args.dataset)
     names, full, val, test = sources.class_folders(root, args.dataset, args.holdout, args.seed)
-    held_out = [set(a + b) for a, b in zip(val, test)]
-    there = [held.union(paths) for paths, held in zip(full, held_out)]
-    full = [set(paths) - held for paths, held in zip(full, held_out)]
-
-    # the base long tail; a list from elsewhere may have other files or classes, or images held out here
     tail, tail_images = long_tail(args, full)
-    sources.refuse_strangers(tail_images, args.long_tail, there)
-    for paths, held in zip(tail_images, held_out):
-        both = held.intersection(paths)
-        if both:
-            sys.exit(f"error: the long tail contains {min(both)} of the validation or test list; "
-                     "remove it from one of the two")
 
     # one order of the images, and the class sizes of every training list, which takes the beginning of the order
     ordered = order_images(full, tail_images, args.seed)
@@ -373,18 +333,19 @@ def main():
     # a list near alpha = 0 may need more images of a small class than there are; only train_lt.txt must not be missing
     splits = {}
     for name, sizes in {"full": available, **family}.items():
-        if name != "lt" and (np.array(sizes) > available).any():
-            print_left_out(name, sizes, available, names, args)
+        c = int(np.argmax(np.array(sizes) - available))
+        if name != "lt" and sizes[c] > available[c]:
+            print(f"left out: train_{name}.txt: class {names[c]} has {available[c]} images, "
+                  f"{sizes[c]} wanted")
             continue
         splits[f"train_{name}"] = prefixes(ordered, sizes, names, f"train_{name}")
-    for name, split in {"test": test, "val": val}.items():
-        if any(split):  # not with --holdout 0
-            splits[name] = split
+    splits["test"] = test
+    splits["val"] = val
+    splits = {name: split for name, split in splits.items() if any(split)}  # --holdout 0: no val
 
-    # ImageNet-LT's lists keep their published names; only their halves are written
-    published = sources.PUBLISHED if args.dataset == "imagenet" else {}
-    splits = {published.get(name, name): split for name, split in splits.items()}
-    write_lists(out, splits, args.overwrite, published.values())
+    if args.dataset == "imagenet":
+        splits = {sources.PUBLISHED.get(name, name): split for name, split in splits.items()}
+    write_lists(out, splits, args.overwrite)
     sizes = {name: [len(paths) for paths in split] for name, split in splits.items()}
     dataset = args.dataset
     if dataset == "folder":

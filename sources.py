@@ -91,8 +91,7 @@ def unpack_cifar(root, dataset):
     kind, C = (CIFAR10, 10) if dataset == "cifar10" else (CIFAR100, 100)
     for part, total in (("train", 50_000), ("test", 10_000)):
         if (root / part).is_dir():
-            sizes = [len(paths) for paths in scan(root, part)[1]]
-            if sizes != [total // C] * C:
+            if [len(paths) for paths in scan(root, part)[1]] != [total // C] * C:
                 sys.exit(f"error: {root / part} has not {C} classes of {total // C} images, as {dataset} "
                          "has; pass another --data, or --dataset folder")
             continue
@@ -125,61 +124,57 @@ def inaturalist(root):
 
 # ---- lists and class folders
 
-def read_split(root, name, C=0):
-    """A list file as a split of at least C classes. An image that is listed twice counts once."""
+def read_split(root, name, there):
+    """A list file as a split of the classes of `there`, the split of the images that it may name. An image that is
+    listed twice counts once."""
+    class_of = {path: c for c, paths in enumerate(there) for path in paths}
+    split, strangers = [[] for _ in there], []
     paths, labels = read_list(root, name)
-    split = [[] for _ in range(max(C, int(labels.max()) + 1))]
     for path, c in dict.fromkeys(zip(paths, labels.tolist())):
-        split[c].append(path)
+        if class_of.get(path) == c:
+            split[c].append(path)
+        else:
+            strangers.append(f"{path} {c}")
+    if strangers:
+        sys.exit(f"error: {name} names {len(strangers)} images that are not there, are held out or "
+                 f"have another label (first: {strangers[0]}); a label is the position of its class "
+                 "folder in sorted order")
     return split
 
 
-def refuse_strangers(split, name, there):
-    """Exit if the split of the list `name` has images that the split `there` has not, or has in another class."""
-    class_of = {path: c for c, paths in enumerate(there) for path in paths}
-    lines = [f"{path} {c}" for c, paths in enumerate(split) for path in paths if class_of.get(path) != c]
-    if lines:
-        sys.exit(f"error: {name} names {len(lines)} images that are not there or have another label "
-                 f"(first: {lines[0]}); a label is the position of its class folder in sorted order")
-
-
-def files_below(root, folder):
-    """The paths, relative to root and sorted, of the files in root/folder and its subfolders, without hidden ones."""
-    found = []
-    for parent, folders, files in os.walk(root / folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(parent).relative_to(root).as_posix()
-        found += [f"{below}/{name}" for name in files if not name.startswith(".")]
-    return sorted(found)
+def without(split, *others):
+    """The images of each class that are in none of the other splits, sorted."""
+    return [sorted(set(paths).difference(*out)) for paths, *out in zip(split, *others)]
 
 
 def scan(root, folder):
     """Class names and split of root/folder/<class>/, both sorted. A class may have subfolders. A folder without images
     is not a class."""
     expect(root / folder, "the folder of <class>/<image>")
-    names, split = [], []
-    entries = [entry for entry in os.scandir(root / folder) if not entry.name.startswith(".")]
-    if loose := sum(entry.name.lower().endswith(IMAGES) for entry in entries):
-        print(f"{loose} images of {root / folder} are in no class folder")
-    folders = sorted(entry.name for entry in entries if entry.is_dir())
-    for name in tqdm(folders, desc=f"{root / folder}", unit="class", leave=False):
-        if not folder and name in ("val", "test"):
+    split, left_out = {}, []
+    walk = os.walk(root / folder, followlinks=True)
+    for parent, folders, files in tqdm(walk, f"{root / folder}", unit="folder", leave=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(parent).relative_to(root / folder).parts            # (class, subfolder, ...)
+        if not folder and inside[:1] in (("val",), ("test",)):
             continue
-        files = files_below(root, Path(folder, name))
-        images = [file for file in files if file.lower().endswith(IMAGES)]
-        if images:
-            names.append(name)
-            split.append(images)
-            if len(images) < len(files):
-                print(f"{len(files) - len(images)} files of {name} are no images by their ending")
-        elif not name.endswith(("_source", "_target")):  # those contain lists
-            print(f"not a class: {root / folder / name} contains no image")
-    # where a single class has all its images in subfolders, those are the classes
-    above = len(names) == 1 and not any(Path(path).parent.name == names[0] for path in split[0])
-    if not names or above:
-        sys.exit(f"error: {root / folder} contains no <class>/<image>; "
+        for name in files:
+            path = "/".join((folder, *inside, name)).lstrip("/")
+            if name.startswith("."):
+                continue
+            if inside and name.lower().endswith(IMAGES):
+                split.setdefault(inside[0], []).append(path)
+            elif not name.endswith((".txt", ".json")):  # lists
+                left_out.append(path)
+
+    if left_out:
+        print(f"{len(left_out)} files of {root / folder} are in no class folder or are no images by "
+              f"their ending (first: {min(left_out)})")
+    if len(split) < 2:
+        sys.exit(f"error: {root / folder} contains fewer than two <class>/ folders of images; "
                  f"the name of an image ends in {' '.join(IMAGES)}")
-    return names, split
+    names = sorted(split)
+    return names, [sorted(split[name]) for name in names]
 
 
 def hold_out(full, n, seed, names, part):
@@ -201,10 +196,8 @@ def hold_out(full, n, seed, names, part):
 
 
 def class_folders(root, dataset, holdout, seed):
-    """Class names and the splits full, val and test, for the layouts in make_lt.py's docstring.
-
-    full still contains the images that are held out for val. holdout: how many per class; None is hold_out()'s default.
-    """
+    """Class names and the splits full, val and test, for the layouts in make_lt.py's docstring. What is in val or test
+    is not in full, so that nobody trains on it. holdout: images per class for val; None is hold_out()'s default."""
     folder = "train"
     if dataset == "folder" and not (root / "train").is_dir():
         folder = ""
@@ -216,12 +209,9 @@ def class_folders(root, dataset, holdout, seed):
             expect(root / f"{name}.txt",
                    "a published list; --dataset folder --long-tail imagenet-lt needs none")
         there = [a + b for a, b in zip(full, scan(root, "val")[1])]
-        splits = []
-        for part in ("val", "test"):
-            name = f"{PUBLISHED[part]}.txt"
-            splits.append(read_split(root, name, len(names)))
-            refuse_strangers(splits[-1], name, there)
-        return names, full, *splits
+        val = read_split(root, f"{PUBLISHED['val']}.txt", there)
+        test = read_split(root, f"{PUBLISHED['test']}.txt", there)
+        return names, without(full, val, test), val, test
 
     # the others have folders; other classes than in train/ would shift the labels
     found = {}
@@ -233,17 +223,15 @@ def class_folders(root, dataset, holdout, seed):
                 sys.exit(f"error: {root / part} has other classes than the training images: "
                          f"{different} is in one of them only")
 
-    # without any such folder, the test images are taken from the training images
-    if not found and dataset == "folder":
-        found["test"] = hold_out(full, holdout, seed, names, "test")
-        full = [sorted(set(paths).difference(out)) for paths, out in zip(full, found["test"])]
-    elif not found:
+    # a single folder is the test set; without any, the test images are taken from the training images
+    if not found and dataset != "folder":
         expect(root / "val", "the folder of <class>/<image> that becomes the test list")
-
-    # a single folder is the test set, and the validation images are taken from the training images
+    if not found:
+        found["test"] = hold_out(full, holdout, seed, names, "test")
+        full = without(full, found["test"])
     test = found["test"] if "test" in found else found.pop("val")
     val = found["val"] if "val" in found else hold_out(full, holdout, seed, names, "val")
-    return names, full, val, test
+    return names, without(full, val), val, test
 
 
 # ---- scenes of digits, for transfer_det.py

@@ -51,19 +51,18 @@ def folder(root, kind="JPEG", **parts):
     (0.8, (857, 10, 115_852)), (1.0, (1279, 5, 115_846))])
 def test_alpha_counts_give_the_papers_table(alpha, published):
     """Table 8; its last row says 1280, but the largest class of the published list has 1279 images."""
-    base, _ = make_lt.read_tail(None, "imagenet-lt")
+    base, _ = make_lt.read_tail(None, "imagenet-lt", None)
     n = make_lt.alpha_counts(base, alpha)
     assert (max(n), min(n), sum(n)) == published
     assert alpha < 1 or n == base
 
 
-def test_table_of_sizes(script, digits, capsys):
-    script(make_lt, "--sizes", "imagenet-lt", "--lt0", "authors")
+def test_table_of_sizes(tmp_path, capsys):
+    base, _ = make_lt.read_tail(None, "imagenet-lt", None)
+    make_lt.write_table(tmp_path, "imagenet", make_lt.family_counts(base, "authors"))
     rows = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1][:5] == ["lt0", "1000", "115", "115", "115000"]
     assert rows[-1] == "lt 1000 1279 5 115846 255.8 385 / 479 / 136".split()
-    script(make_lt, "--sizes", digits / "train_lt.txt")  # of a list
-    assert capsys.readouterr().out.splitlines()[-1].split()[:5] == ["lt", "10", "350", "3", "864"]
 
 
 def test_exponential_counts_are_cifar_lts():
@@ -225,8 +224,8 @@ def test_hidden_files_and_subfolders(script, tmp_path, capsys):
     capsys.readouterr()
     script(make_lt, *OWN, root, "--holdout", 2, "--out", tmp_path / "lists")
     out = capsys.readouterr().out
-    assert "2 files of class1 are no images by their ending" in out and f"1 images of {root}/train are in no class folder" in out
-    assert "files of class0" not in out
+    assert (f"3 files of {root}/train are in no class folder or are no images by their ending "
+            "(first: train/class1/a.npy)") in out
     plain, split = ({c: {path for name in ("train_full", "val") for path in split_of(tmp_path / out / f"{name}.txt")[c]}
                      for c in (0, 1)} for out in ("plain", "lists"))
     assert split[0] - plain[0] == {"train/class0/red/x.jpg", "train/class0/red/old/y.JFIF"} and plain[0] <= split[0]
@@ -249,7 +248,7 @@ def test_a_tail_in_another_spelling_is_the_same_tail(script, tmp_path, spelling)
         lists.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.txt")})
     assert lists[0] == lists[1] and len(lists[0]) > 4
     (root / "bad.txt").write_text(spelling.format(val[0].removeprefix("train/") if "//" in spelling else val[0]))
-    with pytest.raises(SystemExit, match=f"the long tail contains {val[0].split()[0]} of the validation or test list"):
+    with pytest.raises(SystemExit, match=f"bad.txt names 1 images that .* are held out .* .first: {val[0]}.;"):
         script(make_lt, *OWN, root, "--holdout", 3, "--long-tail", "bad.txt", "--out", tmp_path / "bad")
 
 
@@ -258,7 +257,7 @@ def test_imagenet_lt_without_one_of_its_files(script, imagenet, tmp_path, part, 
     lines = (imagenet / f"ImageNet_LT_{part}.txt").read_text().splitlines()
     gone = next(line.split()[0] for line in lines if line.startswith(file))
     (imagenet / gone).unlink()
-    with pytest.raises(SystemExit, match=f"^error: ImageNet_LT_{part}.txt names 1 images that are not there .*first: {gone} \\d.;"):
+    with pytest.raises(SystemExit, match=f"^error: ImageNet_LT_{part}.txt names 1 images that are not there, .*first: {gone} \\d.;"):
         script(make_lt, "--dataset", "imagenet", "--data", imagenet, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -291,30 +290,23 @@ def test_a_list_is_written_whole_or_not_at_all(script, tmp_path, monkeypatch):
     assert sizes_of(root / "train_full.txt") == [7, 6] and not list(root.rglob("*.tmp"))
 
 
-def test_one_class(script, tmp_path):
-    root = folder(tmp_path, train=[30], test=[2])
-    script(make_lt, *OWN, root, *"--holdout 5 --long-tail exponential".split())
-    assert sizes_of(root / "train_lt.txt") == [25] and make_lt.exponential_counts(1, 25, 100) == [25]
-
-
-@pytest.mark.parametrize("sizes, args, said", [
-    ([40, 14, 9], "--holdout 3 --n-max 30 --imbalance 9",
-     {"lt0": "class class2 has 6 images, 14 wanted; --n-max 14 would do", "lt6": "class class1 has 11 images, 13 wanted; --n-max 28"}),
-    ([400, 30, 9], "--holdout 0 --n-max 270 --imbalance 90", {"lt0": "class class2 has 9 images, 100 wanted; try a smaller --imbalance"})])
-def test_what_would_fit_is_said_and_fits(script, tmp_path, capsys, sizes, args, said):
+@pytest.mark.parametrize("sizes, n_max, imbalance, said, fits", [
+    ([40, 14, 9], 30, 9, {"lt0": "class2 has 6 images, 14 wanted", "lt6": "class1 has 11 images, 13 wanted"}, 14),
+    ([400, 70, 33], 200, 10, {"lt0": "class2 has 30 images, 94 wanted"}, 65)])
+def test_what_would_fit_is_said_and_fits(script, tmp_path, capsys, sizes, n_max, imbalance, said, fits):
     root = folder(tmp_path / "X", train=sizes, test=[2] * 3)
-    script(make_lt, *OWN, root, "--long-tail", "exponential", *args.split(), "--out", tmp_path / "out")
+    run = (make_lt, *OWN, root, *f"--holdout 3 --long-tail exponential --imbalance {imbalance}".split())
+    script(*run, "--n-max", n_max, "--out", tmp_path / "out")
     out = capsys.readouterr().out
-    n_max, imbalance = int(args.split()[3]), int(args.split()[5])
-    assert f"largest class of the long tail has {n_max} images, the smallest {n_max // imbalance}, an imbalance of" in out
+    smallest = n_max // imbalance
+    assert (f"largest class of the long tail has {n_max} images, the smallest {smallest}, an imbalance of "
+            f"{n_max / smallest:.1f}; the whole alpha family needs --n-max {fits} or less") in out
     for name, sentence in said.items():
-        assert f"left out: train_{name}.txt: {sentence}" in out
+        assert f"left out: train_{name}.txt: class {sentence}" in out
         assert not (tmp_path / f"out/train_{name}.txt").exists()
-        fits = re.search(rf"left out: train_{name}.txt: .*; --n-max (\d+) would do", out)
-        for more in (0, 1) if fits else ():
-            flags = args.replace(f"--n-max {n_max}", f"--n-max {int(fits[1]) + more}").split()
-            script(make_lt, *OWN, root, "--long-tail", "exponential", *flags, "--out", tmp_path / f"{name}{more}")
-            assert (tmp_path / f"{name}{more}/train_{name}.txt").exists() == (more == 0)
+    for n_max in (fits, fits + 1):
+        script(*run, "--n-max", n_max, "--out", tmp_path / str(n_max))
+        assert ("left out:" in capsys.readouterr().out) == (n_max > fits)
 
 
 def test_what_is_held_out_is_said_where_nobody_asked_for_it(script, tmp_path, capsys):
@@ -392,7 +384,8 @@ def test_what_is_not_cifar10(script, tmp_path, monkeypatch, kind, sizes, sentenc
     def offline(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "__init__", offline)
-    monkeypatch.setattr(sources, "files_below", lambda root, name: [f"{name}/{i}.{kind}" for i in range(sizes[int(name.name[5:])])])
+    classes = [(f"class{c}", [f"{i}.{kind}" for i in range(n)]) for c, n in enumerate(sizes)]
+    monkeypatch.setattr(sources.os, "walk", lambda top, **_: [(top / name, [], files) for name, files in classes])
     root = folder(tmp_path, train=[0] * len(sizes))
     with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
         script(make_lt, "--dataset", "cifar10", "--data", root)
@@ -400,8 +393,9 @@ def test_what_is_not_cifar10(script, tmp_path, monkeypatch, kind, sizes, sentenc
 
 
 def test_cifar10_from_class_folders_of_any_type(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "files_below", lambda root, name: [
-        f"{name}/{i:04d}.{('JPG', 'ppm')[i % 2]}" for i in range(5000 if "train" in str(name) else 1000)])
+    monkeypatch.setattr(sources.os, "walk", lambda top, **_: [
+        (top / f"class{c}", [], [f"{i:04d}.{('JPG', 'ppm')[i % 2]}" for i in range(5000 if top.name == "train" else 1000)])
+        for c in range(10)])
     root = folder(tmp_path, train=[0] * 10, test=[0] * 10)
     script(make_lt, "--dataset", "cifar10", "--data", root)
     assert sizes_of(root / "train_lt.txt") == make_lt.exponential_counts(10, 5000, 100) and not (root / "val.txt").exists()
@@ -416,17 +410,17 @@ BACKWARDS = "".join(f"train/class{2 - c}/train_000.JPEG {c}\n" for c in range(3)
 @pytest.mark.parametrize("file, text, args, sentence", [
     ("train_lt.txt", "x 0", "", "X/train_lt.txt exists with other content; pass --overwrite, or another --out"),
     ("val/class9/a.png", "", "", "X/val has other classes than the training images: class9 is in one of them only"),
-    ("lt.txt", EVERY, "--long-tail lt.txt", "the long tail contains train/class0/.* of the validation or test list"),
-    ("lt.txt", BACKWARDS, "--long-tail lt.txt", "lt.txt names 2 images that are not there or have another label .first: train/class2/train_000.JPEG 0."),
-    ("lt.txt", BACKWARDS.replace("JPEG", "jpeg"), "--long-tail lt.txt", "lt.txt names 3 images that are not there .* .first: train/class2/"),
-    ("lt.txt", EVERY + "val/class0/9.JPEG 0", "--long-tail lt.txt", "lt.txt names 1 images that are not there .*: val/class0/9.JPEG 0"),
-    ("lt.txt", EVERY.replace("_007.JPEG 1", "_007.JPEG 2"), "--long-tail lt.txt", "lt.txt names 1 images .* have another label .first: train/class1/train_007.JPEG 2"),
+    ("lt.txt", EVERY, "--long-tail lt.txt", "lt.txt names 18 images that .* are held out .* .first: train/class0/"),
+    ("lt.txt", BACKWARDS, "--holdout 0 --long-tail lt.txt", "lt.txt names 2 images that are not there, are held out or have another label .first: train/class2/train_000.JPEG 0."),
+    ("lt.txt", BACKWARDS.replace("JPEG", "jpeg"), "--holdout 0 --long-tail lt.txt", "lt.txt names 3 images that are not there, .* .first: train/class2/"),
+    ("lt.txt", EVERY + "val/class0/9.JPEG 0", "--holdout 0 --long-tail lt.txt", "lt.txt names 1 images that are not there, .*: val/class0/9.JPEG 0"),
+    ("lt.txt", EVERY.replace("_007.JPEG 1", "_007.JPEG 2"), "--holdout 0 --long-tail lt.txt", "lt.txt names 1 images .* have another label .first: train/class1/train_007.JPEG 2"),
     ("sizes.txt", "3 4", "--long-tail X/sizes.txt", "sizes.txt has 2 classes, the training images have 3"),
     ("", "", "--long-tail exponential --n-max 60", "train_lt needs 60 images of class 0 .class0., which has 24 to train on; pass a smaller --n-max"),
     ("", "", "--holdout 30", "--holdout would take 30 of the 30 images of class class0 and leave none to train on"),
     ("", "", "--long-tail exponential --imbalance 1000", "train_lt. needs 0 images of class 1 .*; pass a smaller --imbalance"),
     ("", "", "--data nowhere", "nowhere is missing: .*; `python make_lt.py --help` shows the layouts"),
-    ("", "", "--data .", ". contains no <class>/<image>; the name of an image ends in .jpg"),
+    ("", "", "--data .", ". contains fewer than two <class>/ folders of images; the name of an image ends in .jpg"),
     ("", "", "--dataset imagenet", "ImageNet_LT_train.txt is missing: a published list; --dataset folder --long-tail"),
     ("", "", "--dataset inat18", "X/train_val2018 is missing: the folder of the images"),
     ("", "", "--dataset inat18 --long-tail exponential", "inat18 has its own long tail"),

@@ -89,18 +89,6 @@ def largest_that_fits(available, imbalance, alphas):
     return 1
 
 
-def read_tail(root, name, full):
-    """Class sizes from a file of numbers or from a list, and the images of each class if it is a list."""
-    if name == "imagenet-lt":  # the sizes of the published list
-        root, name = sources.EMBEDDED.parent, "imagenet_lt_counts.txt"
-    file = find_list(root, name)
-    words = file.read_text(encoding="utf-8-sig", errors="replace").split() if file.is_file() else []
-    if words and all(word.isdecimal() for word in words):
-        return [int(word) for word in words], [[]] * len(words)
-    images = sources.read_split(root, name, full)
-    return [len(paths) for paths in images], images
-
-
 # ---- which images: a split is a list of C lists of paths
 
 def order_images(full, base, seed):
@@ -222,8 +210,7 @@ def make_digits(out="data/digits", seed=0, imbalance=100):
         write_table(root, "digits", counts)
         if not Path(out).exists():  # another process may have been faster
             root.rename(out)
-    print(f"composed {out}: {sources.PER_CLASS} digits per class, "
-          f"{sources.COMPOSITIONS} images per digit")
+    print(f"composed {out}: {sources.PER_CLASS} digits per class, {sources.COMPOSITIONS} images each")
 
 
 def parse_args():
@@ -278,8 +265,9 @@ def long_tail(args, full):
     images; classes of equal size keep their order, as in CIFAR-LT.
     """
     C = len(full)
+    no_images = [[]] * C
     if not args.long_tail:
-        return None, [[]] * C
+        return None, no_images
 
     if args.long_tail == "exponential":
         available = np.array([len(paths) for paths in full])      # (C,)
@@ -290,13 +278,20 @@ def long_tail(args, full):
         print(f"the largest class of the long tail has {n_max} images, the smallest {sizes[-1]}, "
               f"an imbalance of {n_max / max(1, sizes[-1]):.1f}; "
               f"the whole alpha family needs --n-max {whole_family} or less")
-        return sizes_by_class(classes, sizes), [[]] * C
+        return sizes_by_class(classes, sizes), no_images
 
-    tail, images = read_tail(args.data, args.long_tail, full)
-    if len(tail) != C:
-        sys.exit(f"error: --long-tail {args.long_tail} has {len(tail)} classes, "
+    # a file of numbers has class sizes, any other is a list
+    file = find_list(args.data, args.long_tail)
+    if args.long_tail == "imagenet-lt":  # the sizes of the published list
+        file = sources.EMBEDDED.with_name("imagenet_lt_counts.txt")
+    words = file.read_text(encoding="utf-8-sig", errors="replace").split() if file.is_file() else []
+    if not words or not all(word.isdecimal() for word in words):
+        images = sources.read_split(args.data, args.long_tail, full)
+        return [len(paths) for paths in images], images
+    if len(words) != C:
+        sys.exit(f"error: --long-tail {args.long_tail} has {len(words)} classes, "
                  f"the training images have {C}")
-    return tail, images
+    return [int(word) for word in words], no_images
 
 
 def main():

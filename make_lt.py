@@ -113,9 +113,8 @@ def prefixes(ordered, sizes, names, name):
     split = []
     for c, (paths, n) in enumerate(zip(ordered, sizes)):
         if not 1 <= n <= len(paths):
-            flag = "--n-max" if n else "--imbalance"
-            sys.exit(f"error: {name} needs {n} images of class {c} ({names[c]}), which has "
-                     f"{len(paths)} to train on; pass a smaller {flag} or --holdout")
+            sys.exit(f"error: {name} needs {n} images of class {c} ({names[c]}), which has {len(paths)} to "
+                     "train on; pass a smaller --n-max, --imbalance or --holdout")
         split.append(sorted(paths[:n]))
     return split
 

@@ -148,8 +148,7 @@ def without(split, *others):
 
 
 def scan(root, folder):
-    """Class names and split of root/folder/<class>/, both sorted. A class may have subfolders. A folder without images
-    is not a class."""
+    """Class names and split of root/folder/<class>/, both sorted. A folder without images is not a class."""
     expect(root / folder, "the folder of <class>/<image>")
     split, left_out = {}, []
     walk = os.walk(root / folder, followlinks=True)
@@ -177,19 +176,16 @@ def scan(root, folder):
     return names, [sorted(split[name]) for name in names]
 
 
-def hold_out(full, n, seed, names, part):
+def hold_out(full, n, seed, part):
     """The split of n random images of each class. n None means HOLDOUT, but at most a fifth of the class."""
     if n is None:
         print(f"{HOLDOUT} images per class, or a fifth, are held out for {part}.txt; --holdout 0 keeps them")
     rng = np.random.RandomState(seed)
     held = []
-    for name, paths in zip(names, full):
+    for paths in full:
         wanted = n
         if n is None:
             wanted = max(1, min(HOLDOUT, len(paths) // 5))
-        if wanted >= len(paths):
-            sys.exit(f"error: --holdout would take {wanted} of the {len(paths)} images of class "
-                     f"{name} and leave none to train on; pass a smaller one or drop the class")
         drawn = rng.permutation(len(paths))[:wanted]
         held.append([paths[i] for i in sorted(drawn)])
     return held
@@ -227,10 +223,10 @@ def class_folders(root, dataset, holdout, seed):
     if not found and dataset != "folder":
         expect(root / "val", "the folder of <class>/<image> that becomes the test list")
     if not found:
-        found["test"] = hold_out(full, holdout, seed, names, "test")
+        found["test"] = hold_out(full, holdout, seed, "test")
         full = without(full, found["test"])
     test = found["test"] if "test" in found else found.pop("val")
-    val = found["val"] if "val" in found else hold_out(full, holdout, seed, names, "val")
+    val = found["val"] if "val" in found else hold_out(full, holdout, seed, "val")
     return names, without(full, val), val, test
 
 

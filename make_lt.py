@@ -333,8 +333,7 @@ def main():
                   f"{sizes[c]} wanted")
             continue
         splits[f"train_{name}"] = prefixes(ordered, sizes, names, f"train_{name}")
-    splits["test"] = test
-    splits["val"] = val
+    splits |= {"test": test, "val": val}
     splits = {name: split for name, split in splits.items() if any(split)}  # --holdout 0: no val
 
     if args.dataset == "imagenet":

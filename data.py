@@ -265,12 +265,15 @@ class Draws(Sampler):
         self.epochs, self.seed = epochs, seed
         self.counts, self.epoch = labels.bincount(), 0
         if len(labels) < batch:
-            sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}")
+            sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}; "
+                     f"use --batch {2 ** int(math.log2(len(labels)))} or smaller")
         if batch % ddp.world():
             sys.exit(f"error: --batch {batch} must divide by the number of ranks, {ddp.world()}")
         if not self.counts.all():
-            sys.exit(f"error: class {int(self.counts.argmin())} has no image in the training list; number "
-                     "the classes from 0 without a gap, and pass that list as --list")
+            empty = int(self.counts.argmin())
+            why = ": do the labels begin at 1?" if empty == 0 else ""
+            sys.exit(f"error: class {empty} has no image in the training list{why}; number the classes "
+                     "from 0 without a gap, and pass that list as --list")
 
     def set_epoch(self, epoch):
         self.epoch = epoch

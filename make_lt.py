@@ -8,6 +8,7 @@ Make the list files that everything else starts from. A list file has one line, 
     python make_lt.py --dataset cifar100 --imbalance 100                                  # downloads to data/cifar100
     python make_lt.py --dataset folder --data X --long-tail exponential --imbalance 50    # your own images
     python make_lt.py --dataset folder --data X --long-tail imagenet-lt    # ImageNet-LT's class sizes, other images
+    python make_lt.py --sizes imagenet-lt            # only prints the table of App. B; or of a file of class sizes
 
 What X must contain; the label of a class is its position in the sorted folder names:
     imagenet   train/<wnid>/*.JPEG and val/<wnid>/*.JPEG (ILSVRC 2012, image-net.org), ImageNet_LT_{train,val,test}.txt
@@ -87,6 +88,17 @@ def largest_that_fits(available, imbalance, alphas):
         if all((alpha_counts(base, alpha) <= available).all() for alpha in alphas):
             return n_max
     return 1
+
+
+def read_sizes(root, name):
+    """Class sizes from a file of numbers, None from any other file. imagenet-lt: those of the published list."""
+    file = find_list(root or "", name)
+    if name == "imagenet-lt":
+        file = sources.EMBEDDED.with_name("imagenet_lt_counts.txt")
+    words = file.read_text(encoding="utf-8-sig", errors="replace").split() if file.is_file() else []
+    if not words or not all(word.isdecimal() for word in words):
+        return None
+    return [int(word) for word in words]
 
 
 # ---- which images: a split is a list of C lists of paths
@@ -171,9 +183,8 @@ def write_lists(out, splits, overwrite=False):
     write(files, overwrite)
 
 
-def write_table(out, dataset, counts):
-    """Print one line for each list of {name: class sizes}, and write what they say to splits.json. train_rep.py finds
-    out there which data set this is."""
+def print_table(counts):
+    """Print one line for each list of {name: class sizes}. Returns {name: what its line says, and the class sizes}."""
     print("list                classes    max    min      total imbalance   "
           "many / medium / few classes")
     lines = {}
@@ -185,7 +196,12 @@ def write_table(out, dataset, counts):
         print("{:<19} {classes:>7} {max:>6} {min:>6} {total:>10,} {imbalance:>9.1f}   "
               "{many} / {medium} / {few}".format(name, **line))
         lines[name] = line
-    text = json.dumps({"dataset": dataset, "lists": lines}) + "\n"
+    return lines
+
+
+def write_table(out, dataset, counts):
+    """Print the table and write it to splits.json, where train_rep.py finds out which data set this is."""
+    text = json.dumps({"dataset": dataset, "lists": print_table(counts)}) + "\n"
     write({out / "splits.json": text}, overwrite=True)
 
 
@@ -233,7 +249,10 @@ def parse_args():
     p.add_argument("--lt0", choices=("formula", "authors"), default="formula",
                    help="train_lt0.txt of ImageNet-LT: 116 images per class by App. B's formula, "
                    "115 in the authors' table; default: %(default)s")
+    p.add_argument("--sizes", help="only print the table of imagenet-lt, or of a file of class sizes")
     args = p.parse_args()
+    if args.sizes:
+        return args
 
     spec = DATASETS[args.dataset]
     if args.dataset == "digits" and args.data:
@@ -279,23 +298,25 @@ def long_tail(args, full):
               f"the whole alpha family needs --n-max {whole_family} or less")
         return sizes_by_class(classes, sizes), no_images
 
-    # a file of numbers has class sizes, any other is a list
-    file = find_list(args.data, args.long_tail)
-    if args.long_tail == "imagenet-lt":  # the sizes of the published list
-        file = sources.EMBEDDED.with_name("imagenet_lt_counts.txt")
-    words = file.read_text(encoding="utf-8-sig", errors="replace").split() if file.is_file() else []
-    if not words or not all(word.isdecimal() for word in words):
+    sizes = read_sizes(args.data, args.long_tail)
+    if sizes is None:
         images = sources.read_split(args.data, args.long_tail, full)
         return [len(paths) for paths in images], images
-    if len(words) != C:
-        sys.exit(f"error: --long-tail {args.long_tail} has {len(words)} classes, "
+    if len(sizes) != C:
+        sys.exit(f"error: --long-tail {args.long_tail} has {len(sizes)} classes, "
                  f"the training images have {C}")
-    return [int(word) for word in words], no_images
+    return sizes, no_images
 
 
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # not every name of a folder can be printed
     args = parse_args()
+    if args.sizes:
+        sizes = read_sizes(args.data, args.sizes)
+        if not sizes:
+            sys.exit(f"error: --sizes {args.sizes} is not a file of class sizes")
+        print_table(family_counts(sizes, args.lt0))
+        return
     root, out = args.data, args.out
 
     # two data sets need no class folders: the embedded digits, and iNaturalist, which has its own lists

@@ -398,7 +398,7 @@ def test_draws_refuse_what_they_cannot_draw(monkeypatch):
     for kind in ("instance", "class", "sqrt", "progressive", "bilateral"):
         with pytest.raises(SystemExit, match="class 1 has no image in the training list; number the classes from 0 .* --list"):
             data.Draws(torch.tensor([0, 0, 2, 2]), kind, batch=2)
-        with pytest.raises(SystemExit, match="class 0 has no image in the training list; number the classes from 0 .* --list"):
+        with pytest.raises(SystemExit, match="class 0 has no image in the training list: do the labels begin at 1.; number .* --list"):
             data.Draws(torch.tensor([1, 1, 2, 2]), kind, batch=2)
     with pytest.raises(SystemExit, match="1240 images, fewer than --batch 2000"):
         data.Draws(LABELS, "instance", batch=2000)

@@ -57,11 +57,16 @@ def test_alpha_counts_give_the_papers_table(alpha, published):
     assert alpha < 1 or n == IMAGENET_LT
 
 
-def test_table_of_sizes(tmp_path, capsys):
-    make_lt.write_table(tmp_path, "imagenet", make_lt.family_counts(IMAGENET_LT, "authors"))
+def test_table_of_sizes(script, tmp_path, capsys):
+    script(make_lt, "--sizes", "imagenet-lt", "--lt0", "authors")
     rows = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1][:5] == ["lt0", "1000", "115", "115", "115000"]
     assert rows[-1] == "lt 1000 1279 5 115846 255.8 385 / 479 / 136".split()
+    (tmp_path / "sizes.txt").write_text("40 20\n4")
+    script(make_lt, "--sizes", tmp_path / "sizes.txt")
+    assert capsys.readouterr().out.splitlines()[-1].split()[:5] == ["lt", "3", "40", "4", "64"]
+    with pytest.raises(SystemExit, match="error: --sizes .*nothing.txt is not a file of class sizes"):
+        script(make_lt, "--sizes", tmp_path / "nothing.txt")
 
 
 def test_exponential_counts_are_cifar_lts():

@@ -532,7 +532,7 @@ def test_a_folder_of_small_images_keeps_its_size_in_every_stage(script, tmp_path
         assert row["images"] == len((root / "test.txt").read_text().splitlines())
 
 
-@pytest.mark.parametrize("first, sentence", [(1, "class 0 has no image in the training list; number the classes from 0"),
+@pytest.mark.parametrize("first, sentence", [(1, "class 0 has no image in the training list: do the labels begin at 1?; number the classes"),
                                              (0, "class 3 has no image in the training list; number the classes from 0")])
 def test_a_list_with_an_empty_class_ends_stage_1_at_once(small, script, tmp_path, first, sentence):
     """Stage 2 could not use the backbone of such a list."""

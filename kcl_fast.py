@@ -1,6 +1,6 @@
 """
 kcl_loss without a (B, K) tensor: for researchers who run out of memory with large B and K, and for training on a CPU
-with K >= 4,096. Nothing here trains with it: with the paper's sizes `kcl_loss` is faster on a GPU and takes 272 MiB for
+with K >= 4,096. Nothing here trains with it: with the paper's sizes `kcl_loss` is faster on a GPU and takes 288 MiB for
 256 queries and K = 65,536, where this takes 5.
 
     from kcl_fast import fast_kcl_loss as kcl_loss    # the same arguments, other draws of the positives

@@ -102,7 +102,7 @@ def read_list(root, name):
     return paths, torch.tensor(labels)
 
 
-def beside(root, list_name, name):
+def sibling_list(root, list_name, name):
     """The list `name` in the folder of list_name, if there is one: a half of the classes has its own lists."""
     if (find_list(root, list_name).parent / name).is_file():
         return (Path(list_name).parent / name).as_posix()

@@ -285,11 +285,11 @@ def main():
     of_backbone = {}
     for head in heads:
         spec = data.DATASETS[head["dataset"]]
-        default = data.beside(head["data"], head["list"], spec["test"])
+        default = data.sibling_list(head["data"], head["list"], spec["test"])
         head["test"] = images_of(head, args.list or default)
         head["classes"] = [head["class_names"].get(c, str(c)) for c in range(len(head["weight"]))]
         head["prefix"] = "" if head["test"].name == default else f"on_{Path(args.list).stem}_"
-        val = args.val or data.beside(head["data"], head["list"], spec["val"])
+        val = args.val or data.sibling_list(head["data"], head["list"], spec["val"])
         can_choose = args.val or data.find_list(head["data"], val).is_file()
         if args.tau_norm and can_choose and head["protocol"].startswith("joint CE"):
             head["val"] = images_of(head, val)

@@ -107,9 +107,9 @@ def parse_args():
     if backbone_list:
         checkpoint.same_list(run)
     if args.protocol == "rep":
-        args.list = args.list or data.beside(args.data, backbone_list or "", spec["full"])
+        args.list = args.list or data.sibling_list(args.data, backbone_list or "", spec["full"])
     args.list = args.list or backbone_list or spec["train"]
-    args.val = args.val or data.beside(args.data, args.list, spec["val"])
+    args.val = args.val or data.sibling_list(args.data, args.list, spec["val"])
     args.sampler = args.sampler or {"lt": "class", "rep": "instance"}[args.protocol]
 
     # the hyper-parameters: where no flag gives them, the table does

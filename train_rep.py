@@ -287,7 +287,7 @@ def main():
     dataset = data.ImageList(args.data, args.list, spec, args.aug, num_views)
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     class_sizes = dataset.labels.bincount()                               # (C,)
-    val = data.beside(args.data, args.list, spec["val"])  # stage 2 selects on it, so stage 1 must not train on it
+    val = data.sibling_list(args.data, args.list, spec["val"])  # stage 2 selects on it, so stage 1 must not train on it
     if data.find_list(args.data, val).is_file():
         data.refuse_overlap(args.data, args.list, val)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on the embedded digits: KCL and CE on a long tail of imbalance 100, from nothing to the table.
-# Installs what requirements.txt names into .venv, then takes 3.2 to 4 minutes on 2 slow CPU cores. Run it again and
+# Installs what requirements.txt names into .venv, then takes 2.3 to 4 minutes on 2 CPU cores. Run it again and
 # it resumes. SEED=1 is another run, with other images and another order of the classes. SMOKE=1 trains for one
 # epoch, in runs/smoke.
 set -euo pipefail

@@ -96,10 +96,10 @@ def test_what_lies_in_the_working_directory_hides_no_list_of_the_data_folder(tmp
     root = tmp_path / "X"
     for name, found in (("l.txt", "X/l.txt"), ("half/l.txt", "X/half/l.txt"), ("own/l.txt", "here/own/l.txt")):
         assert data.read_list(root, name)[0] == [found]
-        val = data.beside(root, name, "val.txt")
+        val = data.sibling_list(root, name, "val.txt")
         assert data.read_list(root, val)[0] == [found.replace("l.txt", "val.txt")]
     (root / "half/val.txt").unlink()
-    assert data.beside(root, "half/l.txt", "val.txt") == "val.txt"        # not here/half/val.txt
+    assert data.sibling_list(root, "half/l.txt", "val.txt") == "val.txt"        # not here/half/val.txt
     trained = {"data": str(root), "list": "l.txt", "list_sha256": checkpoint.sha256(root / "l.txt")}
     checkpoint.same_list(trained)                                         # not here/l.txt
 
@@ -121,8 +121,8 @@ def test_lists_that_must_not_be_confused(tmp_path):
     with pytest.raises(SystemExit, match=r"1 images of .*half/val.txt are in .*l.txt too \(first: a\)"):
         data.refuse_overlap(tmp_path, "l.txt", "half/val.txt")
 
-    assert data.beside(tmp_path, "l.txt", "val.txt") == data.beside(tmp_path, "other/l.txt", "val.txt") == "val.txt"
-    assert data.beside(tmp_path, "half/l.txt", "val.txt") == "half/val.txt"
+    assert data.sibling_list(tmp_path, "l.txt", "val.txt") == data.sibling_list(tmp_path, "other/l.txt", "val.txt") == "val.txt"
+    assert data.sibling_list(tmp_path, "half/l.txt", "val.txt") == "half/val.txt"
 
 
 ANT_BEE = "train/ant/1.jpg 0\ntrain/ant/red/2.jpg 0\ntrain/bee/1.jpg 1\n"

@@ -341,7 +341,7 @@ def test_lists_in_another_folder(script, tmp_path):
     script(make_lt, *OWN, root, "--out", out)
     assert sorted(path.name for path in root.iterdir()) == ["train", "val"]
     for name in ("val.txt", "test.txt"):
-        assert data.beside(root, f"{out}/train_lt.txt", name) == f"{out}/{name}"
+        assert data.sibling_list(root, f"{out}/train_lt.txt", name) == f"{out}/{name}"
 
 
 def test_class_sizes_from_a_file_and_from_a_list(script, tmp_path):

@@ -91,12 +91,12 @@ def criterion(args, model, counts, epoch):
     raise NotImplementedError(f"--loss {args.loss} has no branch here")
 
 
-def classifier(model):
-    """Weight (C, D) and bias (C,) of the classifier that a loss in CLASSIFICATION has trained."""
-    weight = model.fc.weight.detach()
-    if isinstance(model.fc, NormedLinear):  # the norm of an image's features does not change the order of its logits
+def weight_and_bias(classifier):
+    """Weight (C, D) and bias (C,), on the CPU, of a linear layer that decides as the classifier does."""
+    weight = classifier.weight.detach().cpu().clone()
+    if isinstance(classifier, NormedLinear):  # the norm of an image's features does not change the order of its logits
         return F.normalize(weight), torch.zeros(len(weight))
-    return weight, model.fc.bias.detach()
+    return weight, classifier.bias.detach().cpu().clone()
 
 
 # ---- re-weighting

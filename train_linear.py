@@ -10,6 +10,7 @@ Stage 2: train a linear classifier on the frozen features of a backbone.
 every class drawn equally often.
 --protocol rep trains on the full, balanced list and uses every image once per epoch.
 --classifier lws learns one scale per class for the head that was trained along with the backbone.
+--classifier ldam is a cosine classifier trained with LDAM-DRW instead of CE, as in the published KCL runs on CIFAR-LT.
 --features cached encodes each image once, without augmentation, which is faster. The paper augments in every epoch.
 
 Each pair of a --lr and a --weight-decay is one classifier. All of them train side by side on the same stream of
@@ -23,6 +24,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +36,15 @@ import augment
 import checkpoint
 import data
 import ddp
-from baselines import CLASSIFICATION, LOSSES
+from baselines import (
+    CLASSIFICATION,
+    LOSSES,
+    NormedLinear,
+    effective_number_weights,
+    ldam_loss,
+    ldam_margins,
+    weight_and_bias,
+)
 from resnet import ARCHS, load_backbone
 
 LR_GRID = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
@@ -64,7 +74,7 @@ def parse_args():
     p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="see above: %(default)s")
     p.add_argument("--features", choices=("streamed", "cached"), default="streamed",
                    help="%(default)s")
-    p.add_argument("--classifier", choices=("linear", "lws"), default="linear", help="%(default)s")
+    p.add_argument("--classifier", choices=("linear", "lws", "ldam"), default="linear", help="%(default)s")
     # the backbone: by default what the log.jsonl next to it says
     p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="default: the backbone's")
     p.add_argument("--dataset", choices=tuple(data.DATASETS), help="default: the backbone's")
@@ -170,8 +180,14 @@ class Heads(nn.ModuleList):
         return [head(x) for head in self]
 
 
-def linear_heads(M, D, C):
-    """M linear classifiers that start alike: weights ~ N(0, 0.01), as in MoCo's linear protocol, and biases 0."""
+def linear_heads(M, D, C, cosine=False):
+    """M linear classifiers that start alike: weights ~ N(0, 0.01), as in MoCo's linear protocol, and biases 0. cosine:
+    LDAM's, on unit features and without a bias."""
+    if cosine:
+        heads = Heads(NormedLinear(D, C) for _ in range(M))
+        for head in heads:
+            head.weight.data.copy_(heads[0].weight)
+        return heads
     weight = torch.randn(C, D) * 0.01
     heads = Heads(nn.Linear(D, C) for _ in range(M))
     for head in heads:
@@ -208,12 +224,12 @@ def choose(heads, pairs, features, labels, args):
 
 def save_results(args, header, counts_of, classifier, chosen, val_top1):
     """Write head.pt, which marks the run as finished."""
-    counts = data.read_list(args.data, counts_of)[1].bincount(minlength=len(classifier.bias))
+    weight, bias = weight_and_bias(classifier)
+    counts = data.read_list(args.data, counts_of)[1].bincount(minlength=len(bias))
     protocol = args.protocol + ", cached features" * (args.features == "cached")
     spec, backbone = data.DATASETS[args.dataset], Path(args.backbone).resolve()
     checkpoint.save({
-        "weight": classifier.weight.detach().cpu().clone(),
-        "bias": classifier.bias.detach().cpu().clone(),
+        "weight": weight, "bias": bias,
         "backbone": os.path.relpath(args.backbone, args.out),
         "backbone_sha256": header["settings"]["backbone_sha256"],
         "arch": args.arch, "dataset": args.dataset, "data": args.data, "list": args.list,
@@ -293,7 +309,7 @@ def main():
         joint = checkpoint.read_head(Path(args.backbone).with_name("head.pt"))
         heads = Heads(ScaledHead(joint["weight"], joint["bias"]) for _ in pairs)
     else:
-        heads = linear_heads(len(pairs), D, len(counts))
+        heads = linear_heads(len(pairs), D, len(counts), cosine=args.classifier == "ldam")
     net = ddp.wrap(heads.to(device))
     groups = [{"params": head.parameters(), "weight_decay": decay}
               for head, (_, decay) in zip(heads, pairs)]
@@ -320,6 +336,12 @@ def main():
         for group, (lr, _) in zip(optimizer.param_groups, pairs):
             group["lr"] = learning_rate(lr, args.schedule, epoch / args.epochs)
         total, since = torch.zeros(len(pairs), device=device), time.time()
+        criterion = F.cross_entropy
+        if args.classifier == "ldam":
+            weight = None
+            if epoch / args.epochs >= 0.8:                                # deferred: from 160 of 200, Cao et al. 2019
+                weight = effective_number_weights(counts, 0.9999).to(device)
+            criterion = partial(ldam_loss, margins=ldam_margins(counts).to(device), weight=weight)
 
         if cached:
             index = draws.of_this_rank(0)[:, 0].to(device)
@@ -328,7 +350,7 @@ def main():
             batches = ((encode(view), labels) for (view,), labels, _ in loader)
         for features, labels in batches:                                  # (b, D), (b,)
             labels = labels.to(device, non_blocking=True)
-            losses = torch.stack([F.cross_entropy(z, labels) for z in net(features)])     # (M,)
+            losses = torch.stack([criterion(z, labels) for z in net(features)])           # (M,)
             optimizer.zero_grad()
             losses.sum().backward()  # a head's gradient is that of its own loss
             optimizer.step()

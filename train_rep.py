@@ -110,6 +110,7 @@ def parse_args():
     p.add_argument("--batch", type=int, help="images per step, over all ranks")
     p.add_argument("--lr", type=float, help="for the whole --batch")
     p.add_argument("--schedule", choices=("cosine", "step"), help="step: x0.1 at 60 and 80 %%")
+    p.add_argument("--warmup", type=int, default=0, help="epochs that rise linearly from lr 0.01: 0")
     p.add_argument("--weight-decay", type=float, help="the authors have 1e-4 on full ImageNet")
     p.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentations: 0")
     # speed and memory
@@ -252,12 +253,12 @@ def save_results(args, header, model, class_sizes):
     state = {name: x.cpu().contiguous() for name, x in backbone_of(model).items()}
     checkpoint.save(state, args.out / "backbone.new")                     # head.pt holds its hash
     if args.loss in baselines.CLASSIFICATION:
-        weight, bias = baselines.classifier(model)
+        weight, bias = baselines.weight_and_bias(model.fc)
         spec = data.DATASETS[args.dataset]
         name = baselines.LOSSES[args.loss] + "-DRW" * args.drw
         name += " from another backbone" * bool(args.init)
         checkpoint.save({
-            "weight": weight.cpu(), "bias": bias.cpu(), "name": args.out.name, "chosen": "",
+            "weight": weight, "bias": bias, "name": args.out.name, "chosen": "",
             "protocol": f"joint {name}, {args.sampler} sampling", "seed": args.seed,
             "backbone": "backbone.pt", "arch": args.arch,
             "backbone_sha256": checkpoint.sha256(args.out / "backbone.new"),
@@ -331,8 +332,11 @@ def main():
     saved = time.time()
     for epoch in range(begin, args.epochs):
         draws.set_epoch(epoch)
+        lr = learning_rate(args.lr, args.schedule, epoch / args.epochs)
+        if epoch < args.warmup:  # SupCon's, for large batches
+            lr = 0.01 + (lr - 0.01) * epoch / args.warmup
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args.lr, args.schedule, epoch / args.epochs)
+            group["lr"] = lr
         criterion = criterion_of(args, model, class_sizes, epoch)
 
         total, since, since_step = torch.zeros((), device=device), time.time(), epoch * steps

@@ -40,7 +40,7 @@ def test_classifier_is_what_the_loss_has_trained(loss):
     nn.init.normal_(model.fc.weight)
     logits = model(x)
     assert logits.shape == (6, 4)
-    weight, bias = baselines.classifier(model)
+    weight, bias = baselines.weight_and_bias(model.fc)
     encoder.fc = nn.Identity()
     ours = encoder(x) @ weight.T + bias                                   # (6, C)
     if loss == "ldam":  # up to the norm of the features, which is the same for all classes

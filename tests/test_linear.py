@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import augment
+import baselines
 import checkpoint
 import data
 import resnet
@@ -123,6 +124,27 @@ def test_six_steps_of_two_heads_against_a_literal_loop(linear, run, digits, sche
             assert logged(out)[1 + epoch]["loss"][m] == pytest.approx(np.mean(losses), rel=1e-4) and len(losses) == 2
         assert torch.allclose(head.weight.double(), W, rtol=1e-4, atol=1e-5)
         assert torch.allclose(head.bias.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_ldam_trains_a_cosine_classifier_with_deferred_weights(linear, run, digits):
+    """LDAM-DRW of baselines.py on cached features, step by step; head.pt decides as the cosines do."""
+    how = ("--features", "cached", "--schedule", "step", "--epochs", 5, "--batch", 50, "--seed", 5)
+    saved, (head,), out = linear("--classifier", "ldam", "--lr", 0.3, *how)
+    x, y = literal_features(run, digits, "small.txt")
+    draws, counts = data.Draws(y, "class", 50, 5, seed=5), y.bincount()
+    torch.manual_seed(5)
+    twin, v = baselines.NormedLinear(64, 10), 0
+    for epoch, rate in enumerate((1, 1, 1, 0.1, 0.01)):
+        draws.set_epoch(epoch)
+        weight = baselines.effective_number_weights(counts, 0.9999) if epoch == 4 else None
+        for i in torch.tensor(list(draws))[:, 0].split(50):
+            loss = baselines.ldam_loss(twin(x[i]), y[i], baselines.ldam_margins(counts), weight=weight)
+            g, = torch.autograd.grad(loss, twin.weight)
+            v = 0.9 * v + g
+            twin.weight.data -= 0.3 * rate * v
+    assert torch.allclose(head.weight, twin.weight, atol=1e-5)
+    assert torch.allclose(saved["weight"].norm(dim=1), torch.ones(10)) and not saved["bias"].any()
+    assert torch.equal((x @ saved["weight"].T).argmax(1), head(x).argmax(1))
 
 
 def test_cached_features_train_as_streamed_ones_that_are_not_augmented(linear, monkeypatch):

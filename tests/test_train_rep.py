@@ -580,6 +580,13 @@ def test_the_settings_line_and_the_loss_reach_a_log_file(small, ranks, script, t
     assert two.count("step 6 of 6: loss") == 1
 
 
+def test_warmup(small, script, tmp_path):
+    script(train_rep, "--loss", "ce", *SETTINGS, *small, "--schedule", "cosine", "--epochs", 4, "--warmup", 2, "--out", tmp_path / "run")
+    rates = [json.loads(line)["lr"] for line in open(tmp_path / "run/log.jsonl").readlines()[1:]][::3]
+    cosine = [LR * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
+    assert rates == pytest.approx([0.01, 0.01 + (cosine[1] - 0.01) / 2, *cosine[2:]])
+
+
 def test_a_loss_of_your_own(small, script, tmp_path, monkeypatch):
     """The example in baselines.py's first lines, and a loss on queries, keys and queue, which may read KCL's flags."""
     text = baselines.__doc__

@@ -127,8 +127,10 @@ EXPECTED = {
     "fig3_generalisation": [f"imagenet-overlap-{alpha}-ce: rep: linear on overlap_target/train_full.txt"
                             for alpha in ("lt0", "lt")],
     "fig5_k": [f"imagenet-lt-{run}: {LT}" for run in ("kcl", "fcl", "kcl-k2")],
-    "cifar_lt": [f"{name}-lt100-{run}{of}" for name in ("cifar10", "cifar100") for run, of in (
-        ("ce", ": joint CE"), ("ldam-drw", ": joint LDAM-DRW"), ("kcl", f": lt: linear on data/{name}-lt100/train_lt.txt"))],
+    "cifar_lt": [f"{name}-lt100-{run}: {of}" for name in ("cifar10", "cifar100") for run, of in (
+        ("ce", "joint CE"), ("ldam-drw", "joint LDAM-DRW"),
+        *((run, f"lt: linear on data/{name}-lt100/train_lt.txt") for run in ("ce", "supcon", "kcl-batch", "kcl")),
+        *((run, f"rep: linear on data/{name}-lt100/train_full.txt") for run in ("ce", "supcon", "kcl-batch", "kcl")))],
 }
 
 
@@ -150,14 +152,16 @@ def test_every_line_in_small(bash, project, recipe):
         assert [file.name for file in written] == ["on_ImageNet_LT_val_eval.json"]
 
 
-@pytest.mark.parametrize("loss", ["ce", "ldam", "kcl"])
-def test_one_of_three_losses_side_by_side_fails(tmp_path, loss):
+@pytest.mark.parametrize("loss", ["ce", "ldam", "supcon", "kcl-batch", "kcl"])
+def test_one_of_the_losses_side_by_side_fails(tmp_path, loss):
     """Then the recipe does too, before it evaluates."""
     log = tmp_path / "commands.txt"
     (tmp_path / "python").write_text(f'#!/bin/bash\necho "$*" >> {log}\n[[ "$*" != *"--loss {loss} "* ]] || exit 7\n')
     (tmp_path / "python").chmod(0o755)
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(ROOT / "recipes/cifar_lt.sh", tmp_path / "recipes")       # it makes the folder of its runs
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert subprocess.run(["bash", ROOT / "recipes/cifar_lt.sh"], env=env).returncode == 7
+    assert subprocess.run(["bash", tmp_path / "recipes/cifar_lt.sh"], env=env).returncode == 7
     assert "train_rep.py --loss kcl" in log.read_text() and "evaluate.py" not in log.read_text()
 
 

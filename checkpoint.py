@@ -149,5 +149,5 @@ def read_head(path):
         backbone = (Path(path).parent / head["backbone"]).resolve()
         if backbone.is_file() and sha256(backbone) != head["backbone_sha256"]:
             sys.exit(f"error: {path} was trained on another backbone than what is now {backbone}; "
-                     f"run `python train_linear.py {backbone} --restart`")
+                     "train this classifier again, with --restart")
     return head

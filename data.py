@@ -109,12 +109,12 @@ def sibling_list(root, list_name, name):
     return name
 
 
-def refuse_overlap(root, train, val):
-    """Exit if an image of the list `val` is in the list `train`: what chooses must not have been seen."""
-    shared = set(read_list(root, train)[0]) & set(read_list(root, val)[0])
+def refuse_overlap(root, train, unseen, purpose="validation"):
+    """Exit if an image of the list `unseen`, which chooses or is reported, is in the list `train`."""
+    shared = set(read_list(root, train)[0]) & set(read_list(root, unseen)[0])
     if shared:
-        sys.exit(f"error: {len(shared)} images of the validation list {val} are in the training list {train} "
-                 f"too (first: {min(shared)}); take them out of one of the two")
+        sys.exit(f"error: {len(shared)} images of the {purpose} list {unseen} are in the training list "
+                 f"{train} too (first: {min(shared)}); take them out of one of the two")
 
 
 def class_names(root, name):

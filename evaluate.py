@@ -110,11 +110,10 @@ def load_head(path, root=None, groups=None):
         path = path / "head.pt"
     head = checkpoint.read_head(path)
     head = {"class_names": {}, "seed": head["name"], **head}  # older files lack these two
-    if root is None:
-        checkpoint.same_list(head)
     head["path"] = path
     head["backbone"] = (path.parent / head["backbone"]).resolve()
     head["data"] = root or head["data"]
+    checkpoint.same_list(head)
 
     head["trained_on"] = head["counts_of"]  # the class means of --ncm come from it
     if groups:
@@ -287,6 +286,10 @@ def main():
         spec = data.DATASETS[head["dataset"]]
         default = data.sibling_list(head["data"], head["list"], spec["test"])
         head["test"] = images_of(head, args.list or default)
+        if args.list is None:  # a list of your own may be the training list itself
+            for trained_on in {head["list"], head["trained_on"]}:
+                if data.find_list(head["data"], trained_on).is_file():
+                    data.refuse_overlap(head["data"], trained_on, default, "test")
         head["classes"] = [head["class_names"].get(c, str(c)) for c in range(len(head["weight"]))]
         head["prefix"] = "" if head["test"].name == default else f"on_{Path(args.list).stem}_"
         val = args.val or data.sibling_list(head["data"], head["list"], spec["val"])

@@ -81,11 +81,12 @@ def sizes_by_class(classes, sizes):
 
 
 def largest_that_fits(available, imbalance, alphas):
-    """The largest n_max for which the sizes of all these alphas are at most `available` (C,), which has the largest
-    class first. alpha = 1 is the exponential long tail itself."""
+    """The largest n_max for which the sizes of all these alphas are from 1 to `available` (C,), which has the largest
+    class first; 1 if there is none. alpha = 1 is the exponential long tail itself."""
     for n_max in range(available[0], 1, -1):
         base = exponential_counts(len(available), n_max, imbalance)
-        if all((alpha_counts(base, alpha) <= available).all() for alpha in alphas):
+        family = np.array([alpha_counts(base, alpha) for alpha in alphas])
+        if min(base) > 0 and family.min() > 0 and (family <= available).all():
             return n_max
     return 1
 
@@ -126,7 +127,7 @@ def prefixes(ordered, sizes, names, name):
     for c, (paths, n) in enumerate(zip(ordered, sizes)):
         if not 1 <= n <= len(paths):
             sys.exit(f"error: {name} needs {n} images of class {c} ({names[c]}), which has {len(paths)} to "
-                     "train on; pass a smaller --n-max, --imbalance or --holdout")
+                     f"train on; pass a smaller {'--n-max' if n else '--imbalance'} or --holdout")
         split.append(sorted(paths[:n]))
     return split
 
@@ -293,9 +294,11 @@ def long_tail(args, full):
         n_max = args.n_max or largest_that_fits(available[classes], args.imbalance, [1.0])
         whole_family = largest_that_fits(available[classes], args.imbalance, ALPHAS.values())
         sizes = exponential_counts(C, n_max, args.imbalance)
+        family = f"with --n-max {whole_family} the whole alpha family fits"
+        if whole_family == 1:
+            family = "no --n-max lets the whole alpha family fit"
         print(f"the largest class of the long tail has {n_max} images, the smallest {sizes[-1]}, "
-              f"an imbalance of {n_max / max(1, sizes[-1]):.1f}; "
-              f"the whole alpha family needs --n-max {whole_family} or less")
+              f"an imbalance of {n_max / max(1, sizes[-1]):.1f}; {family}")
         return sizes_by_class(classes, sizes), no_images
 
     sizes = read_sizes(args.data, args.long_tail)

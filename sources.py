@@ -179,7 +179,8 @@ def scan(root, folder):
 def hold_out(full, n, seed, part):
     """The split of n random images of each class. n None means HOLDOUT, but at most a fifth of the class."""
     if n is None:
-        print(f"{HOLDOUT} images per class, or a fifth, are held out for {part}.txt; --holdout 0 keeps them")
+        print(f"{HOLDOUT} images per class, or a fifth but at least one, are held out for {part}.txt; "
+              "--holdout 0 keeps them")
     rng = np.random.RandomState(seed)
     held = []
     for paths in full:

@@ -299,7 +299,7 @@ def test_a_classifier_belongs_to_one_backbone(script, digits, heads, tmp_path):
     script(train_rep, *stage1, "--restart", "--lr", 0.01)
     script(evaluate, tmp_path)                                            # the new head
     (tmp_path / "head.pt").write_bytes(joint)
-    sentence = "head.pt was trained on another backbone than what is now {0}; run `python train_linear.py {0} --restart`"
+    sentence = "head.pt was trained on another backbone than what is now {0}; train this classifier again, with --restart"
     for module, flags in ((evaluate, [linear]), (evaluate, [tmp_path]), (evaluate, [tmp_path, "--data", digits]), (plots, [linear]),
                           (train_linear, [*stage2, "--classifier", "lws"])):
         with pytest.raises(SystemExit) as error:
@@ -326,6 +326,28 @@ def test_photographs_are_read_by_as_many_workers_as_there_are_cores(script, head
     for flags in (("digits.pt",), ("photos.pt",), ("photos.pt", "--workers", 1)):
         script(evaluate, tmp_path / flags[0], "--list", test, *flags[1:])
     assert used == [0, 3, 1]
+
+
+def test_a_default_test_list_must_not_have_been_trained_on(script, heads, digits, tmp_path):
+    """Another list is the user's choice. With --data too, a training list that was rebuilt is refused."""
+    lists = heads[0].parent.parent
+    lines = (lists / "lt.txt").read_text() + (lists / "test.txt").read_text().splitlines(keepends=True)[7]
+    head = torch.load(heads[0], weights_only=True)
+    shutil.copy(heads[0].with_name("backbone.pt"), tmp_path)
+    for name in ("test.txt", "val.txt"):
+        shutil.copy(lists / name, tmp_path)
+    (tmp_path / "lt.txt").write_text(lines)
+    head |= {name: str(tmp_path / "lt.txt") for name in ("list", "counts_of")}
+    head["list_sha256"] = checkpoint.sha256(tmp_path / "lt.txt")
+    torch.save(head, tmp_path / "head.pt")
+    with pytest.raises(SystemExit, match="error: 1 images of the test list .*test.txt are in the training list"):
+        script(evaluate, tmp_path / "head.pt")
+    script(evaluate, tmp_path / "head.pt", "--list", tmp_path / "test.txt")
+
+    (tmp_path / "lt.txt").write_text((lists / "lt.txt").read_text())
+    for flags in ((), ("--data", digits)):
+        with pytest.raises(SystemExit, match="error: .*lt.txt is another list than the one that was trained on"):
+            script(evaluate, tmp_path / "head.pt", *flags)
 
 
 def table(printed):

@@ -294,6 +294,21 @@ def test_a_list_is_written_whole_or_not_at_all(script, tmp_path, monkeypatch):
     assert sizes_of(root / "train_full.txt") == [7, 6] and not list(root.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("imbalance", [2, 5, 20, 50])
+def test_what_is_said_to_fit_makes_every_list(script, tmp_path, capsys, imbalance):
+    """Of classes of 3 to 200 images. No class may be left without an image either."""
+    root = folder(tmp_path / "X", train=[200, 60, 20, 7, 3])
+    run = (make_lt, *OWN, root, *f"--long-tail exponential --imbalance {imbalance}".split())
+    script(*run, "--out", tmp_path / "first")
+    out = capsys.readouterr().out
+    fits = re.search(r"with --n-max (\d+) the whole alpha family fits", out)
+    assert bool(fits) != ("no --n-max lets the whole alpha family fit" in out)
+    if fits:
+        script(*run, "--n-max", fits[1], "--out", tmp_path / "all")
+        assert "left out:" not in capsys.readouterr().out
+        assert {file.name for file in (tmp_path / "all").glob("train_lt?.txt")} == {f"train_lt{i}.txt" for i in (0, 2, 4, 6, 8)}
+
+
 @pytest.mark.parametrize("sizes, n_max, imbalance, said, fits", [
     ([40, 14, 9], 30, 9, {"lt0": "class2 has 6 images, 14 wanted", "lt6": "class1 has 11 images, 13 wanted"}, 14),
     ([400, 70, 33], 200, 10, {"lt0": "class2 has 30 images, 94 wanted"}, 65)])
@@ -304,7 +319,7 @@ def test_what_would_fit_is_said_and_fits(script, tmp_path, capsys, sizes, n_max,
     out = capsys.readouterr().out
     smallest = n_max // imbalance
     assert (f"largest class of the long tail has {n_max} images, the smallest {smallest}, an imbalance of "
-            f"{n_max / smallest:.1f}; the whole alpha family needs --n-max {fits} or less") in out
+            f"{n_max / smallest:.1f}; with --n-max {fits} the whole alpha family fits") in out
     for name, sentence in said.items():
         assert f"left out: train_{name}.txt: class {sentence}" in out
         assert not (tmp_path / f"out/train_{name}.txt").exists()
@@ -314,7 +329,7 @@ def test_what_would_fit_is_said_and_fits(script, tmp_path, capsys, sizes, n_max,
 
 
 def test_what_is_held_out_is_said_where_nobody_asked_for_it(script, tmp_path, capsys):
-    root, held = folder(tmp_path, train=[30, 200]), "20 images per class, or a fifth, are held out for val.txt; --holdout 0"
+    root, held = folder(tmp_path, train=[30, 200]), "20 images per class, or a fifth but at least one, are held out for val.txt; --holdout 0"
     script(make_lt, *OWN, root)
     out = capsys.readouterr().out
     assert held in out and held.replace("val", "test") in out
@@ -422,9 +437,9 @@ BACKWARDS = "".join(f"train/class{2 - c}/train_000.JPEG {c}\n" for c in range(3)
     ("lt.txt", EVERY + "val/class0/9.JPEG 0", "--holdout 0 --long-tail lt.txt", "lt.txt names 1 images that are not there, .*: val/class0/9.JPEG 0"),
     ("lt.txt", EVERY.replace("_007.JPEG 1", "_007.JPEG 2"), "--holdout 0 --long-tail lt.txt", "lt.txt names 1 images .* have another label .first: train/class1/train_007.JPEG 2"),
     ("sizes.txt", "3 4", "--long-tail X/sizes.txt", "sizes.txt has 2 classes, the training images have 3"),
-    ("", "", "--long-tail exponential --n-max 60", "train_lt needs 60 images of class 0 .class0., which has 24 to train on; pass a smaller --n-max, --imbalance or"),
+    ("", "", "--long-tail exponential --n-max 60", "train_lt needs 60 images of class 0 .class0., which has 24 to train on; pass a smaller --n-max or"),
     ("", "", "--holdout 30", "train_full needs 0 images of class 0 .class0., which has 0 to train on; pass a smaller .* or --holdout"),
-    ("", "", "--long-tail exponential --imbalance 1000", "train_lt. needs 0 images of class 1 .*; pass a smaller --n-max, --imbalance or"),
+    ("", "", "--long-tail exponential --imbalance 1000", "train_lt0 needs 0 images of class 0 .*; pass a smaller --imbalance or"),
     ("", "", "--data nowhere", "nowhere is missing: .*; `python make_lt.py --help` shows the layouts"),
     ("", "", "--data .", ". contains fewer than two <class>/ folders of images; the name of an image ends in .jpg"),
     ("", "", "--dataset imagenet", "ImageNet_LT_train.txt is missing: a published list; --dataset folder --long-tail"),

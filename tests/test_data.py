@@ -484,3 +484,17 @@ def test_in_memory_augmentation_depends_on_the_draw_alone(digits, monkeypatch, a
     i, *bits = data.Draws(images.labels, "class", 100).of_this_rank(2 * n)[0].tolist()
     u = torch.tensor([[b // 256 / 2**24 for b in bits]])                  # the 24 bits that float32 has
     assert torch.equal(alone[0][0][1][:1], function(images[i][0][0][None], u[:, n:]))
+
+
+def test_a_default_list_is_never_that_of_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "X/half").mkdir(parents=True)
+    for file in ("val.txt", "X/train.txt"):                               # the first is a stray one
+        (tmp_path / file).write_text("a.jpg 0\n")
+    monkeypatch.chdir(tmp_path)
+    assert data.sibling_list("X", "train.txt", "val.txt") == "X/val.txt" and data.sibling_list("X", "train.txt", "none") == "none"
+    with pytest.raises(SystemExit, match="error: X/val.txt: no such list file"):
+        data.read_list("X", data.sibling_list("X", "train.txt", "val.txt"))
+    for file in ("X/val.txt", "X/half/train.txt", "X/half/val.txt"):
+        (tmp_path / file).write_text("b.jpg 0\n")
+    assert data.sibling_list("X", "train.txt", "val.txt") == "val.txt"    # find_list takes that of X
+    assert data.sibling_list("X", "half/train.txt", "val.txt") == "half/val.txt"

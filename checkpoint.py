@@ -39,7 +39,8 @@ def same_list(trained):
     name = trained.get("counts_of", trained["list"])
     files = [file for file in (Path(trained["data"]) / name, Path(name)) if file.is_file()]
     if files and sha256(files[0]) != trained["list_sha256"]:
-        sys.exit(f"error: {files[0]} is another list than the one that was trained on; train again")
+        sys.exit(f"error: {files[0]} is another list than the one that was trained on; train again, "
+                 "or pass the --data it was trained on")
 
 
 def header(args, **more):
@@ -60,6 +61,9 @@ def resume(out, settings, finished, restart=False):
     finished: the file that a run writes last. Exits if it exists, or if `out` holds a run with other settings.
     restart: delete what `out` holds.
     """
+    if finished != "backbone.pt" and (out / "backbone.pt").exists():
+        sys.exit(f"error: {out} holds a backbone, whose log would be lost; pass another --out")
+
     # ranks on several machines must agree: one that resumes would wait for one that starts over
     log, ckpt = out / "log.jsonl", out / "ckpt.pt"
     first_line = log.read_text().splitlines()[0] if log.exists() else None
@@ -81,7 +85,7 @@ def resume(out, settings, finished, restart=False):
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     differences = []
     for name, x in settings.items():
-        if name not in MAY_DIFFER and x != recorded.get(name):
+        if name not in MAY_DIFFER and (x or None) != (recorded.get(name) or None):  # older runs lack newer flags
             differences.append(f"{name}: {recorded.get(name)} there, {x} here")
     if differences:
         sys.exit(f"error: {out} holds a run with other settings ({', '.join(differences)}); "

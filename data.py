@@ -105,7 +105,7 @@ def read_list(root, name):
 def sibling_list(root, list_name, name):
     """The list `name` in the folder of list_name, if there is one: a half of the classes has its own lists. Otherwise
     that of root, and never a stray one of the working directory."""
-    if (find_list(root, list_name).parent / name).is_file():
+    if list_name and (find_list(root, list_name).parent / name).is_file():
         return (Path(list_name).parent / name).as_posix()
     if Path(name).is_file() and not (Path(root) / name).is_file():
         return (Path(root) / name).as_posix()                             # which is missing, and will be named

@@ -130,7 +130,8 @@ def run(main):
         # for the others (NCCL), which wait for it. torchrun ends them.
         stopped = isinstance(error, SystemExit)
         if world() > 1 and not (stopped and not error.code):
-            print(error.code if stopped else traceback.format_exc(), file=sys.stderr, flush=True)
+            if not (stopped and isinstance(error.code, int)):  # argparse has said why
+                print(error.code if stopped else traceback.format_exc(), file=sys.stderr, flush=True)
             os._exit(1)
         raise
     finally:

@@ -307,6 +307,8 @@ def main():
     torch.manual_seed(args.seed)
     if args.classifier == "lws":
         joint = checkpoint.read_head(Path(args.backbone).with_name("head.pt"))
+        if len(joint["weight"]) != len(counts):
+            sys.exit(f"error: the joint head has {len(joint['weight'])} classes, {args.list} has {len(counts)}")
         heads = Heads(ScaledHead(joint["weight"], joint["bias"]) for _ in pairs)
     else:
         heads = linear_heads(len(pairs), D, len(counts), cosine=args.classifier == "ldam")

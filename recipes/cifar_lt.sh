@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CIFAR-10-LT and CIFAR-100-LT with ResNet-32, the data on which later work reports KCL; the paper has no CIFAR. Top-1
-# in the runs of Li et al. 2022, for imbalance 100, 50 and 10:
+# in the runs of Li et al. 2022, for imbalance 100, 50 and 10 (LDAM-DRW is in Cao et al. 2019, Table 2):
 #             CIFAR-10-LT 100   50     10      CIFAR-100-LT 100   50     10
 #   CE                 70.4   74.8   86.4              38.3    43.9   55.7
 #   LDAM-DRW           77.0                            42.0

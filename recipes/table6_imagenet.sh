@@ -34,4 +34,6 @@ $torchrun train_linear.py $runs/imagenet-ce/backbone.pt --protocol rep --lr 0.1 
 for run in imagenet-cl $kcls; do
     $torchrun train_linear.py $runs/$run/backbone.pt --protocol rep --lr 30 --seed $SEED                      # 1.6 h
 done
-$torchrun evaluate.py $runs/imagenet-ce/head.pt $runs/imagenet-{ce,cl,kcl}/linear-rep/head.pt
+heads=$runs/imagenet-ce/head.pt
+for run in imagenet-ce imagenet-cl $kcls; do heads+=" $runs/$run/linear-rep/head.pt"; done
+$torchrun evaluate.py $heads

@@ -546,6 +546,7 @@ training, the detector's, and the order of the scenes.
 
 The cells ce and kcl, run with the same commands on one H100. recipes/study.py itself hides a GPU, so that these runs
 and those of Table 4 were started without it. The GPU's convolutions round to TF32, and it draws other random numbers.
+The GPU's lines are of d8cbf2d or before, the CPU's lines that are subtracted are of the new draws.
 
 {gpu}
 ## Which lines are of which commit

@@ -199,10 +199,10 @@ class ImageList(Dataset):
     def __init__(self, root, name, spec, aug=None, num_views=1):
         self.root, self.name, self.aug, self.num_views = Path(root), name, aug, num_views
         self.paths, self.labels = read_list(root, name)
-        if self.paths and not self.root.joinpath(self.paths[0]).is_file():
+        if not self.root.joinpath(self.paths[0]).is_file():
             sys.exit(f"error: {self.root / self.paths[0]}, the first image of {name}, is missing; --data names "
                      "the folder that the paths start from")
-        if aug is None or aug in augment.BATCHED:                                 # InMemory augments the latter
+        if aug is None or aug in augment.BATCHED:                         # InMemory augments the latter
             self.transform = center(spec["pixels"], spec["resize"])
         else:
             self.transform = augment.augmentation(aug, spec["pixels"])
@@ -338,7 +338,7 @@ class InMemory:
     def __init__(self, dataset, draws, device):
         self.draws, self.num_views, self.device = draws, dataset.num_views, device
         self.augment, self.numbers = augment.BATCHED[dataset.aug]
-        images = [dataset[i][0][0] for i in range(len(dataset))]
+        images = [dataset.transform(dataset.image(i)) for i in range(len(dataset))]
         self.images = torch.stack(images).to(device)                      # (N, 3, H, W) uint8
         self.labels = dataset.labels.to(device)
 

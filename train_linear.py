@@ -24,7 +24,6 @@ import math
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,18 +32,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import augment
+import baselines
 import checkpoint
 import data
 import ddp
-from baselines import (
-    CLASSIFICATION,
-    LOSSES,
-    NormedLinear,
-    effective_number_weights,
-    ldam_loss,
-    ldam_margins,
-    weight_and_bias,
-)
+from baselines import CLASSIFICATION, LOSSES, NormedLinear, weight_and_bias
 from resnet import ARCHS, load_backbone
 
 LR_GRID = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
@@ -332,6 +324,7 @@ def main():
         log = checkpoint.open_log(args.out, header, begin * steps or None, args.tensorboard)
     bar = tqdm(range(begin, args.epochs), desc=str(args.out), unit="epoch",
                disable=ddp.rank() > 0 or None)                            # None: no bar in a file
+    ldam_drw = argparse.Namespace(loss="ldam", drw=True, epochs=args.epochs)
     saved = time.time()
     for epoch in bar:
         draws.set_epoch(epoch)
@@ -340,10 +333,7 @@ def main():
         total, since = torch.zeros(len(pairs), device=device), time.time()
         criterion = F.cross_entropy
         if args.classifier == "ldam":
-            weight = None
-            if epoch / args.epochs >= 0.8:                                # deferred: from 160 of 200, Cao et al. 2019
-                weight = effective_number_weights(counts, 0.9999).to(device)
-            criterion = partial(ldam_loss, margins=ldam_margins(counts).to(device), weight=weight)
+            criterion = baselines.criterion(ldam_drw, heads, counts, epoch)
 
         if cached:
             index = draws.of_this_rank(0)[:, 0].to(device)

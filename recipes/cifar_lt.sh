@@ -9,55 +9,75 @@
 # and KCL's K = 4096 and m = 0.99 are our choice. Nothing is chosen on a list: CIFAR-LT takes every image of its
 # largest class, so that none is left to validate on.
 # Their KCL is inside the batch: 1000 epochs of batch 1024 with SimCLR's augmentation and an MLP head, then a classifier
-# with LDAM. PUBLISHED=1 trains it too. What differs from theirs: our four colour jitters come in one order, the
+# with LDAM. METHODS=published trains it. What differs from theirs: our four colour jitters come in one order, the
 # warm-up rises per epoch, and stage 2's rate falls at 60 and 80 % of its epochs where theirs falls at 70, 90 and 95.
 #
 # Data: downloaded into data/cifar10 and data/cifar100, unless the archives of www.cs.toronto.edu/~kriz/cifar.html
 # or class folders, train/<class>/<image> and test/<class>/<image>, are there. 4 hours for the six lists on one GPU,
-# estimated and not run here: the losses of a list run side by side, so that KCL's time counts, about 115 steps per
+# estimated and not run here: the runs of a list train side by side, so that KCL's time counts, about 115 steps per
 # epoch at an assumed 15 steps/s. A net of this size waits for its kernels' launches, not for their arithmetic, and
 # leaves room for the others. Stage 2 on the balanced set measures the feature space, as in the paper's Fig. 4.
-# DATASETS=cifar10 IMBALANCES=100 is one list of them. Run it again and it resumes; finished runs and classifiers are
-# kept. SMOKE=1 tries every line in miniature.
+#
+# Parts of it, and variants:
+#   DATASETS=cifar10 IMBALANCES=100 METHODS="ce kcl" SEEDS="0 1 2" bash recipes/cifar_lt.sh
+#   FLAGS=--amp       flags for stage 1: bfloat16, 1.7 times as fast on a CPU that multiplies it (AVX512_BF16, AMX)
+#   EPOCHS=1          of both stages, to try it; SMOKE=1 tries every line in miniature, on random images
+# Run it again and it resumes; finished runs and classifiers are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SEED=${SEED:-0} DATASETS=${DATASETS:-cifar10 cifar100} IMBALANCES=${IMBALANCES:-100 50 10}
+DATASETS=${DATASETS:-cifar10 cifar100} IMBALANCES=${IMBALANCES:-100 50 10} SEEDS=${SEEDS:-0}
+METHODS=${METHODS:-ce ldam-drw supcon kcl-batch kcl} short=${EPOCHS:+--epochs $EPOCHS}
 if [ "${SMOKE:-}" ]; then . recipes/smoke.sh; fi
-runs=runs/seed$SEED
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT    # what runs in the background does not outlive the recipe
+# what runs in the background does not outlive the recipe: set -m makes each job a process group
+set -m
+trap 'kill -- $(jobs -p | sed "s/^/-/") 2> /dev/null || true' EXIT
 
-mkdir -p $runs
+stage1() { python train_rep.py "$@" --dataset $dataset --list $lists/train_lt.txt --seed $seed --out $out $short ${FLAGS:-}; }
+stage2() { python train_linear.py $out/backbone.pt "$@" --seed $seed $short; }
+
+train() {  # a method: its representation, then its classifiers on the long tail and, with as many steps, the balanced set
+    case $method in
+        ce)
+            stage1 --loss ce                                              # 0.2 h
+            stage2 --lr 0.1                                               # cRT
+            stage2 --lr 0.1 --protocol rep --epochs 10 ;;
+        ldam-drw)
+            stage1 --loss ldam --drw ;;                                   # 0.2 h
+        supcon | kcl-batch | kcl)
+            stage1 --loss $method                                         # 0.4 h
+            stage2 --lr 30
+            stage2 --lr 30 --protocol rep --epochs 10 ;;
+        published)
+            stage1 --loss kcl-batch --epochs 1000 --batch 1024 --lr 0.5 --warmup 10 --mlp \
+                --weight-decay 1e-4 --aug simclr                          # 1.5 h
+            stage2 --classifier ldam --sampler instance --epochs 200 --schedule step --lr 0.1
+            stage2 --lr 30 --protocol rep --epochs 10 ;;
+    esac
+}
+
 for dataset in $DATASETS; do
     for imbalance in $IMBALANCES; do
         lists=data/$dataset-lt$imbalance
-        lt="--dataset $dataset --list $lists/train_lt.txt --seed $SEED" run=$runs/$dataset-lt$imbalance
         python make_lt.py --dataset $dataset --imbalance $imbalance --out $lists    # one draw for all seeds
 
-        # stage 1, side by side; the others print to a file next to their folder
-        others=
-        for flags in "ce" "ldam --drw" "supcon" "kcl-batch"; do                                         # 0.2 to 0.4 h
-            out=$run-${flags/ --/-}
-            python train_rep.py --loss $flags $lt --out $out > $out.txt 2>&1 & others+=" $!"
+        processes= folders=
+        for seed in $SEEDS; do
+            mkdir -p runs/seed$seed
+            for method in $METHODS; do
+                out=runs/seed$seed/$dataset-lt$imbalance-$method folders+=" $out"
+                train > $out.txt 2>&1 & processes+=" $!"
+            done
         done
-        python train_rep.py --loss kcl $lt --out $run-kcl                                               # 0.4 h
-        for process in $others; do
-            wait $process || { code=$?; tail -n 2 $run-*.txt >&2; exit $code; }
+        echo "in the background, each with its own output:$(printf ' %s.txt' $folders)"
+        for process in $processes; do
+            wait $process || { code=$?; tail -qn 1 $(printf '%s.txt ' $folders) >&2; exit $code; }
         done
-
-        # stage 2 on the long tail, of CE this is cRT, and on the balanced set
-        python train_linear.py $run-ce/backbone.pt --lr 0.1 --seed $SEED
-        python train_linear.py $run-ce/backbone.pt --lr 0.1 --protocol rep --seed $SEED
-        for loss in supcon kcl-batch kcl; do
-            python train_linear.py $run-$loss/backbone.pt --lr 30 --seed $SEED
-            python train_linear.py $run-$loss/backbone.pt --lr 30 --protocol rep --seed $SEED
+        heads=
+        for head in head linear-lt/head ldam-lt/head linear-rep/head; do
+            for out in $folders; do
+                if [ -e $out/$head.pt ]; then heads+=" $out/$head.pt"; fi
+            done
         done
-        if [ "${PUBLISHED:-}" ]; then
-            python train_rep.py --loss kcl-batch $lt --epochs 1000 --batch 1024 --lr 0.5 --warmup 10 --mlp \
-                --weight-decay 1e-4 --aug simclr --out $run-published
-            python train_linear.py $run-published/backbone.pt --classifier ldam --sampler instance --epochs 200 \
-                --schedule step --lr 0.1 --seed $SEED
-        fi
-        python evaluate.py $run-{ce,ldam-drw}/head.pt $run-{ce,supcon,kcl-batch,kcl}/linear-lt/head.pt \
-            $run-{ce,supcon,kcl-batch,kcl}/linear-rep/head.pt ${PUBLISHED:+$run-published/ldam-lt/head.pt}
+        python evaluate.py $heads
     done
 done

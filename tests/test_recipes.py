@@ -104,6 +104,19 @@ def rows(printed):
 
 
 LT, REP = "lt: linear on ImageNet_LT_train.txt", "rep: linear on train_full.txt"
+
+
+def cifar(name, *methods, seeds=1):
+    """The rows of cifar_lt.sh, without those of means."""
+    methods = methods or ("ce", "ldam-drw", "supcon", "kcl-batch", "kcl")
+    joint = {"ce": "joint CE", "ldam-drw": "joint LDAM-DRW"}
+    groups = [[f"{name}-lt100-{method}: {joint[method]}" for method in methods if method in joint]]
+    for protocol, trained_on in ("lt", "lt"), ("rep", "full"):
+        groups.append([f"{name}-lt100-{method}: {protocol}: linear on data/{name}-lt100/train_{trained_on}.txt"
+                       for method in methods if method != "ldam-drw"])
+    return [row for group in groups for row in group * seeds]
+
+
 SIX = [f"imagenet{lt}-{loss}" for lt in ("-lt", "") for loss in ("ce", "cl", "kcl")]
 EXPECTED = {
     "table2_imagenet_lt": [
@@ -127,10 +140,10 @@ EXPECTED = {
     "fig3_generalisation": [f"imagenet-overlap-{alpha}-ce: rep: linear on overlap_target/train_full.txt"
                             for alpha in ("lt0", "lt")],
     "fig5_k": [f"imagenet-lt-{run}: {LT}" for run in ("kcl", "fcl", "kcl-k2")],
-    "cifar_lt": [f"{name}-lt100-{run}: {of}" for name in ("cifar10", "cifar100") for run, of in (
-        ("ce", "joint CE"), ("ldam-drw", "joint LDAM-DRW"),
-        *((run, f"lt: linear on data/{name}-lt100/train_lt.txt") for run in ("ce", "supcon", "kcl-batch", "kcl")),
-        *((run, f"rep: linear on data/{name}-lt100/train_full.txt") for run in ("ce", "supcon", "kcl-batch", "kcl")))],
+    "cifar_lt": cifar("cifar10") + cifar("cifar100"),
+    "cifar_gpu": [*cifar("cifar10", "ce", "kcl", seeds=3), "cifar10-lt100-published: lt: ldam on data/cifar10-lt100/train_lt.txt",
+                  "cifar10-lt100-published: rep: linear on data/cifar10-lt100/train_full.txt",
+                  *cifar("cifar10", "ldam-drw", "supcon", "kcl-batch", seeds=3)],
 }
 
 
@@ -182,7 +195,7 @@ def test_run_again_it_resumes(bash):
     assert rows(printed) == EXPECTED["fig3_generalisation"]
 
 
-@pytest.mark.parametrize("recipe", [name for name in EXPECTED if name != "cifar_lt"])  # which would download
+@pytest.mark.parametrize("recipe", [name for name in EXPECTED if "cifar" not in name])  # which would download
 def test_without_data_one_sentence(bash, recipe):
     code, printed, commands = bash(recipe)
     assert code == 1 and re.fullmatch(r"error: /path/to/\S+( is missing|: no such folder).*; .*\n", printed.lstrip()), printed

@@ -62,6 +62,7 @@ BN_BATCH = 32  # photographs: the images that one BatchNorm sees, as on the auth
 # flags that these losses would ignore silently; a loss of your own may read them all
 NO_POSITIVES = ("ce", "focal", "cb-focal", "ldam", "bbn", "cl", "fcl", "supcon")
 IGNORED_BY = {
+    "mlp": baselines.CLASSIFICATION,
     "num_positives": NO_POSITIVES,
     "fixed_divisor": (*NO_POSITIVES, "kcl-batch"),
     "drop_unused": (*NO_POSITIVES, "kcl-batch"),

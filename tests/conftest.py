@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 # The suite runs on the CPU: a process that sees a GPU cannot be forked once it has called backward, and equality to the
 # bit is promised there only. TEST_GPU=0 shows it the first GPU, and leaves out what forks.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")
+os.environ["OMP_NUM_THREADS"] = "1"  # of what the tests start; pytest-xdist fills the cores
+torch.set_num_threads(1)
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # a GPU's convolutions would round to 10 bits, and literal loops do not
 
 

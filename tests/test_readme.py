@@ -19,7 +19,7 @@ from recipes import stand_ins
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 TINY = {
     "train_rep": "--epochs 1 --queue 40", "train_linear": "--epochs 1 --lr 0.1 1", "bench": "--quick --only loss",
     "transfer_det": "--iterations 2 --batch 2 --train-scenes 4 --test-scenes 2 --precise-bn 1"}
@@ -114,7 +114,13 @@ def test_two_commands():
     lines = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).splitlines()
     tests, = [line for line in lines if "-m pytest" in line]
     assert "bash recipes/digits.sh" in lines and tests.startswith("python3 -m venv .venv && ")
-    assert "grep -m 1 -- '-m pytest' README.md" in (ROOT / ".ci/run").read_text()
+    for ci in ".ci/run", ".github/workflows/tests.yml":
+        assert "grep -m 1 -- '-m pytest' README.md" in (ROOT / ci).read_text()
+
+
+def test_style():
+    """ruff has nothing to say."""
+    subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], check=True)
 
 
 def test_files():

@@ -621,6 +621,7 @@ MISTAKES = [
     ("--loss supcon --num-positives 3", "--num-positives has no effect with --loss supcon"),
     ("--loss kcl-batch --drop-unused", "--drop-unused has no effect with --loss kcl-batch"),
     ("--loss ce --first-k", "--first-k has no effect with --loss ce"),
+    ("--loss ldam --mlp", "--mlp has no effect with --loss ldam"),
     ("--loss focal --drw", "--drw has no effect with --loss focal"),
     *((f"--loss bbn --sampler {s}", "--sampler has no effect with --loss bbn") for s in ("instance", "class")),
     ("--loss ce --virtual-gpus 3", "--virtual-gpus 3 must be a multiple of the 1 ranks and divide --batch 8"),

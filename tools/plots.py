@@ -220,7 +220,7 @@ def main():
         scored = sorted(head["path"].parent.glob("eval*.json"))
         if not scored:
             sys.exit(f"error: no eval.json next to {head['path']}; run evaluate.py on it first")
-        of_head = [json.loads(file.read_text()) for file in scored]
+        of_head = [{"seed": head["seed"], **json.loads(file.read_text())} for file in scored]
         rows += of_head
         lists.append(of_head[0]["list"])
     draw_accuracy(rows, args.out / "accuracy_by_class.png")

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import torch
+from torchvision.io import write_png
 
 import kcl
 import moco
@@ -45,7 +46,7 @@ def shown(program):
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
     for line in re.findall(rf"^{program} [^#\n]*", blocks, re.M):
         name = re.search(r"(\w+)\.py", line)[1]
-        photos = TINY_PHOTOS.get(name, "") if "imagenet" in line else ""
+        photos = TINY_PHOTOS.get(name, "") if "/path/to" in line or "imagenet" in line else ""
         yield name, f"{line.replace('/path/to/', '').replace('=8', '=2')} {TINY.get(name, '')} {photos}"
 
 
@@ -56,7 +57,11 @@ def test_every_python_line(copy, digits, script, monkeypatch):
     (copy / "data/digits").symlink_to(digits)
     names, commands = zip(*shown("python"))
     assert names == ("train_rep", "train_linear", "train_rep", "train_linear", "evaluate", "transfer_det",
-                     "export", "plots", "bench")
+                     "make_lt", "train_rep", "export", "plots", "bench")
+    for name, images in ("cat", 30), ("dog", 12), ("newt", 3):
+        (copy / "photos" / name).mkdir(parents=True)
+        for i in range(images):
+            write_png(torch.randint(256, (3, 32, 32), dtype=torch.uint8), f"{copy}/photos/{name}/{i}.png")
     for command in commands:
         _, file, *args = shlex.split(command)
         args = [path for arg in args for path in (sorted(glob.glob(arg)) if "*" in arg else [arg])]

@@ -220,4 +220,4 @@ def test_texts_are_those_of_the_committed_lines():
     lines, readme = findings.read(LINES), (ROOT / "README.md").read_text()
     assert (ROOT / "results/findings.md").read_text() == findings.page(lines)
     assert findings.with_numbers(readme, lines) == readme
-    assert "<!-- main -->" in readme
+    assert "<!-- against -->" in readme

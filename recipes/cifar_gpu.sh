@@ -12,7 +12,7 @@ if [ "${1:-}" ] && [ ! -d data/cifar10 ]; then
     mkdir -p data/cifar10
     tar -xf "$1" -C data/cifar10
 fi
-trap 'find runs -path "*cifar10-lt100*" -regex ".*\(txt\|jsonl\|eval.json\)" | tar -czf ${OUT:-.}/cifar.tgz -T -' EXIT
+trap 'find runs -path "*seed*/cifar10*" -regex ".*\(txt\|jsonl\|eval.json\)" | tar -czf ${OUT:-.}/cifar.tgz -T -' EXIT
 
 export DATASETS=cifar10 IMBALANCES=100
 part() {  # the METHODS with the SEEDS, in what is left of LIMIT

@@ -65,7 +65,7 @@ for dataset in $DATASETS; do
             mkdir -p runs/seed$seed
             for method in $METHODS; do
                 out=runs/seed$seed/$dataset-lt$imbalance-$method folders+=" $out"
-                train > $out.txt 2>&1 & processes+=" $!"
+                train >> $out.txt 2>&1 & processes+=" $!"
             done
         done
         echo "in the background, each with its own output:$(printf ' %s.txt' $folders)"

@@ -1,5 +1,5 @@
 """
-What KCL is compared with: the losses and networks of the paper's tables, and KCL and FCL inside the batch.
+The baselines: losses and networks of the paper's tables, and KCL and FCL inside the batch, without a queue.
 
     focal, cb-focal   focal_loss, effective_number_weights     Lin et al. 2017; Cui et al. 2019
     ldam, --drw       ldam_loss, ldam_margins, NormedLinear    Cao et al. 2019
@@ -7,24 +7,24 @@ What KCL is compared with: the losses and networks of the paper's tables, and KC
     supcon            supcon_loss: FCL inside the batch        Khosla et al. 2020
     kcl-batch         supcon_loss with k positives             Kang et al. 2021, sec. 4
 
-CE's samplers, cRT, LWS, NCM, tau-norm and SSP need no loss of their own: see train_rep.py --sampler and --init,
-train_linear.py --classifier, evaluate.py --ncm and --tau-norm.
+CE's samplers, cRT, LWS, NCM, tau-norm and SSP need no loss of their own. cRT is train_linear.py on a CE backbone. The
+others are flags: train_rep.py --sampler and --init, train_linear.py --classifier, evaluate.py --ncm and --tau-norm.
 
-Your own loss on logits takes five lines. For example logit adjustment (Menon et al. 2021), `--loss la`:
+Your own classification loss takes five lines. Here is logit adjustment (Menon et al. 2021), `--loss la`:
     "la": "Logit adjustment"                                              # 1. in LOSSES: its name in tables
-    "la"                                                                  # 2. in CLASSIFICATION: model.fc is its head
+    "la"                                                                  # 2. in CLASSIFICATION: it trains model.fc
     if args.loss == "la":                                                 # 3. in `criterion`
         log_prior = (counts / counts.sum()).log().to(device)              # 4.
         return lambda logits, labels: F.cross_entropy(logits + log_prior, labels)    # 5.
 What `criterion` returns is called with
     logits (b, C), labels (b,)                        by default
-    z (2 b, d), labels (b,)                           for a loss in TWO_VIEWS: first views, then second ones,
-                                                      not normalised
+    z (2 * b, d), labels (b,)                         for a loss in TWO_VIEWS: all first views, then all second
+                                                      views, not normalised
     q, k (b, d), queue, labels (b,), queue_labels     for a loss in QUEUE: unit rows, as kcl_loss gets them
-b is one part of a batch (ddp.py). A loss that compares all images of a batch goes into WHOLE_BATCH and gathers them as
-supcon_of_all_ranks does. A network of your own goes into `network`. Flags such as --num-positives are in args for every
-loss; a new one goes into train_rep.py's parse_args. To change KCL itself, edit kcl_loss in kcl.py, which --loss kcl, cl
-and fcl call.
+b is the number of images that are encoded together; a batch may have several such parts (--virtual-gpus). If your loss
+compares all images of a batch, add it to WHOLE_BATCH and gather them as supcon_of_all_ranks does. Your own network goes
+into `network`. Every loss can read flags such as --num-positives from args; add new flags to parse_args in
+train_rep.py. To change KCL itself, edit kcl_loss in kcl.py: --loss kcl, cl and fcl call it.
 """
 import math
 from functools import partial
@@ -37,20 +37,20 @@ import ddp
 from kcl import choose_positives
 from resnet import branch, with_head
 
-LOSSES = {                                                                # --loss: the name in tables
+LOSSES = {                                                                # value of --loss: name in tables
     "ce": "CE", "focal": "Focal", "cb-focal": "CB-Focal", "ldam": "LDAM", "bbn": "BBN",
     "supcon": "SupCon", "kcl-batch": "KCL in the batch",
 }
 CLASSIFICATION = ("ce", "focal", "cb-focal", "ldam", "bbn")               # these train a classifier too
-TWO_VIEWS = ("supcon", "kcl-batch")                                       # of each image, without a queue
-QUEUE = ()                                                                # two views, key encoder and queue, as KCL
+TWO_VIEWS = ("supcon", "kcl-batch")                                       # two views of each image, no queue
+QUEUE = ()                                                                # two views, key encoder and queue, like KCL
 WHOLE_BATCH = ("bbn", "supcon", "kcl-batch")                              # these need the whole batch at once
 
 
-# ---- what train_rep.py asks for
+# ---- called by train_rep.py
 
 def network(args, encoder, counts):
-    """The network of a loss. encoder: a torchvision-style constructor; counts (C,): training images per class."""
+    """The network for a loss. encoder: a torchvision-style constructor; counts (C,): training images per class."""
     C = len(counts)
     if args.loss in TWO_VIEWS:
         return with_head(encoder, args.dim, args.mlp)
@@ -66,7 +66,7 @@ def network(args, encoder, counts):
 
 
 def criterion(args, model, counts, epoch):
-    """The loss function of an epoch. It depends on nothing but these arguments, so a resumed run rebuilds it."""
+    """The loss function for an epoch. It depends only on these arguments, so a resumed run can rebuild it."""
     device, t = next(model.parameters()).device, epoch / args.epochs
     if args.loss == "bbn":
         model.alpha = 1 - t ** 2  # eq. 6, from the conventional to the reversed sampler
@@ -78,7 +78,7 @@ def criterion(args, model, counts, epoch):
     weight = None
     if args.loss == "cb-focal":
         weight = effective_number_weights(counts, 0.999).to(device)       # Cui et al. on iNaturalist
-    if args.drw and t >= 0.8:                                             # deferred: from 160 of 200, Cao et al. 2019
+    if args.drw and t >= 0.8:                                             # from epoch 160 of 200, as in Cao et al. 2019
         weight = effective_number_weights(counts, 0.9999).to(device)
     if args.loss == "ce":
         return partial(F.cross_entropy, weight=weight)
@@ -88,11 +88,11 @@ def criterion(args, model, counts, epoch):
         return focal_loss
     if args.loss == "cb-focal":
         return partial(focal_loss, gamma=0.5, weight=weight)
-    raise NotImplementedError(f"--loss {args.loss} has no branch here")
+    raise NotImplementedError(f"baselines.criterion has no branch for --loss {args.loss}")
 
 
 def weight_and_bias(classifier):
-    """Weight (C, D) and bias (C,), on the CPU, of a linear layer that decides as the classifier does."""
+    """Weight (C, D) and bias (C,), on the CPU, of a linear layer that makes the same decisions as the classifier."""
     weight = classifier.weight.detach().cpu().clone()
     if isinstance(classifier, NormedLinear):  # the norm of an image's features does not change the order of its logits
         return F.normalize(weight), torch.zeros(len(weight))
@@ -105,8 +105,8 @@ def effective_number_weights(counts, beta):
     """Class weights (C,) ~ (1 - beta) / (1 - beta^n_c), scaled to sum to C: Cui et al., "Class-Balanced Loss Based on
     Effective Number of Samples", CVPR 2019, eq. 2 and sec. 4.
 
-    counts (C,): training images per class; a class without images counts as 1. beta in [0, 1): with 0 all weights are
-    alike, towards 1 they approach 1 / n_c. Raises ValueError for a beta outside.
+    counts (C,): training images per class; a class without images counts as 1. beta in [0, 1): at 0 all weights are
+    equal, and towards 1 they become proportional to 1 / n_c. Raises ValueError for any other beta.
     """
     if not 0 <= beta < 1:
         raise ValueError(f"expected 0 <= beta < 1, got {beta}")
@@ -118,12 +118,12 @@ def effective_number_weights(counts, beta):
 def focal_loss(logits, labels, gamma=2.0, weight=None):
     """Mean over the batch of weight_y * sum_c -(1 - p_c)^gamma log p_c, with a sigmoid per class: p_c = sigmoid(z_c)
     for the label and 1 - sigmoid(z_c) for all others. Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017,
-    eq. 4; over classes as in Cui et al. 2019, sec. 4.3.
+    eq. 4, summed over classes as in Cui et al. 2019, sec. 4.3.
 
-    logits (B, C), labels (B,). gamma 2 is Lin's; 0 with weight None is the binary cross-entropy of all classes.
-    weight (C,): with effective_number_weights this is CB-Focal, for which Cui et al. used gamma 0.5 and beta 0.999 on
-    iNaturalist and ImageNet. Start the classifier's bias at -log(C - 1), their prior of 1 / C, or the many negatives
-    make the first steps unstable. Their code keeps that bias out of weight decay; train_rep.py does not.
+    logits (B, C), labels (B,). Lin et al. use gamma 2. With gamma 0 and no weight, the loss is the binary cross-entropy
+    summed over classes. With effective_number_weights as weight (C,) it is CB-Focal, for which Cui et al. use gamma 0.5
+    and beta 0.999 on iNaturalist and ImageNet. Start the classifier's bias at -log(C - 1), their prior of 1 / C, or the
+    many negatives make the first steps unstable. Their code exempts that bias from weight decay; train_rep.py does not.
     """
     sign = 2 * F.one_hot(labels, logits.shape[1]) - 1                     # (B, C): +1 for the label, -1 for others
     log_p = F.logsigmoid(sign * logits)
@@ -145,14 +145,14 @@ class NormedLinear(nn.Module):
 
 
 def ldam_margins(counts, max_margin=0.5):
-    """Delta_c ~ n_c^(-1/4), (C,), the largest (of the smallest class) = max_margin: Cao et al. 2019, eq. 13."""
+    """Delta_c ~ n_c^(-1/4), (C,), Cao et al. 2019, eq. 13. The smallest class gets the largest margin, max_margin."""
     margins = torch.as_tensor(counts).double().clamp(min=1) ** -0.25
     return (margins * max_margin / margins.max()).float()
 
 
 def ldam_loss(cosines, labels, margins, scale=30.0, weight=None):
     """Cross-entropy of scale * (cos_c - Delta_c [c = label]): Cao et al., "Learning Imbalanced Datasets with
-    Label-Distribution-Aware Margin Loss", NeurIPS 2019, eqs 12 and 13, with their code's scale and largest margin.
+    Label-Distribution-Aware Margin Loss", NeurIPS 2019, eqs 12 and 13, with the scale and largest margin of their code.
 
     cosines (B, C) of a NormedLinear, labels (B,), margins (C,); weight (C,) or None as in F.cross_entropy.
     """
@@ -166,15 +166,16 @@ class BBN(nn.Module):
     """The bilateral-branch network: Zhou et al., "BBN: Bilateral-Branch Network with Cumulative Learning for
     Long-Tailed Visual Recognition", CVPR 2020, sec. 4. It needs the `bilateral` batches of data.py.
 
-    In training, images (2 B, 3, H, W), first of the conventional sampler and then of the reversed one, become logits
-    (B, C) of 2 [alpha f_c, (1 - alpha) f_r]. In evaluation, images become logits of [f_c, f_r], as at alpha = 1/2.
+    In training the images (2 * B, 3, H, W) are those of the conventional sampler, then those of the reversed one. The
+    logits (B, C) are a linear layer of 2 * [alpha * f_c, (1 - alpha) * f_r]. In evaluation every image goes through
+    both branches, and the logits are that layer of [f_c, f_r], as with alpha = 1/2.
     """
 
     def __init__(self, encoder, num_classes):
         super().__init__()
         self.encoder = encoder()
         D, self.encoder.fc = self.encoder.fc.in_features, nn.Identity()
-        self.branches = [branch(self.encoder)]  # in a list, since it is part of the encoder, not a second module
+        self.branches = [branch(self.encoder)]  # in a list, so that it is not registered twice
         self.fc = nn.Linear(2 * D, num_classes)
         self.alpha = 1.0
 
@@ -191,7 +192,7 @@ class BBN(nn.Module):
 
 
 def bbn_loss(logits, labels, alpha):
-    """alpha CE(logits, y_c) + (1 - alpha) CE(logits, y_r), eq. 5; logits (B, C), labels (2 B,): y_c, then y_r."""
+    """alpha * CE(logits, y_c) + (1 - alpha) * CE(logits, y_r), eq. 5. logits (B, C), labels (2 * B,): y_c, then y_r."""
     labels, reversed_labels = labels.chunk(2)
     return alpha * F.cross_entropy(logits, labels) + (1 - alpha) * F.cross_entropy(logits, reversed_labels)
 
@@ -199,17 +200,17 @@ def bbn_loss(logits, labels, alpha):
 # ---- KCL and FCL inside the batch
 
 def supcon_loss(z, labels, temperature=0.07, num_positives=None):
-    """Every embedding of the batch is an anchor; its positives are its own other view and same-class embeddings of
-    other images. All embeddings but the anchor itself are in the denominator. There is no queue and no key encoder.
+    """Every embedding of the batch is an anchor. Its positives are its own other view and same-class embeddings of
+    other images. The denominator has all embeddings except the anchor itself. There is no queue and no key encoder.
 
     z (2N, d)      unit embeddings of N images: all first views, then all second views in the same order
-    labels (2N,)   int; below 0 is unknown, only the own other view is a positive then
-    num_positives  None: all of the class, which is Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020,
-                   eq. 2 (L_out), and the paper's FCL inside the batch. k: so many besides the own other view, drawn at
-                   random without replacement, which is eq. 4 as sec. 4 of the paper writes it. A class with fewer
-                   gives all it has, and the divisor is 1 + the number found
+    labels (2N,)   int. A label below 0 means unknown: the only positive is the own other view
+    num_positives  None takes the whole class. This is Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020,
+                   eq. 2 (L_out), and the paper's FCL inside the batch. A number k draws k embeddings at random without
+                   replacement, in addition to the own other view. This is eq. 4 as sec. 4 of the paper writes it. If
+                   the class has fewer, all are taken, and the divisor is 1 + the number found
 
-    Returns the mean over anchors, a scalar in fp32 or finer.
+    Returns the mean over anchors, a scalar in fp32 or float64.
     """
     self_mask = torch.eye(len(z), dtype=torch.bool, device=z.device)      # (2N, 2N)
     other_view = self_mask.roll(len(z) // 2, dims=1)                      # (2N, 2N)
@@ -224,11 +225,12 @@ def supcon_loss(z, labels, temperature=0.07, num_positives=None):
 
 
 def supcon_of_all_ranks(z, labels, temperature=0.07, num_positives=None):
-    """supcon_loss of the images of all ranks: z (2b, d) of both views of this rank's b images, not normalised, and
-    their labels (b,). Every rank computes the same loss, so all must draw the same positives: seed torch alike.
+    """supcon_loss over the images of all ranks. z (2b, d) holds both views of this rank's b images, not normalised, and
+    labels (b,) is theirs. Every rank computes the same loss and must draw the same positives, so use the same torch
+    seed on all of them.
 
-    The gradient reaches this rank's embeddings alone. It is multiplied by the number of ranks, since DDP takes the
-    mean over ranks: together they give the gradient of the whole.
+    The gradient reaches only this rank's embeddings. It is multiplied by the number of ranks because DDP averages over
+    ranks: the average is then the gradient of the whole loss.
     """
     z, W, b = F.normalize(z), ddp.world(), len(labels)
     shares = list(ddp.gather(z.detach()).split(2 * b))

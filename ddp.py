@@ -1,22 +1,23 @@
 """
-The process group: `python x.py` is a group of one process, `torchrun --nproc_per_node=N x.py` one of N ranks.
+The process group: `python x.py` starts one process, `torchrun --nproc_per_node=N x.py` starts N, called ranks.
 
-What one process does differently from eight, in train_rep.py with a batch of 256 photographs: it splits the batch into
-8 parts of 32 (--virtual-gpus 8), since BatchNorm makes training depend on how many images it sees. --batch and --lr are
-those of all processes together, and rank 0 writes the files.
+The table compares one process with eight in train_rep.py, for a batch of 256 photographs. Training depends on how many
+images BatchNorm sees, so one process splits the batch into 8 parts of 32 (--virtual-gpus 8). --batch and --lr are for
+all processes together. Rank 0 writes the files.
 
                 one process                                 eight processes
-    data        all draws of an epoch                       every eighth draw of the same epoch
-    seeds       per step and part                           per step and rank: the same numbers
-    BatchNorm   8 parts of 32 images, one after another     32 images per rank
-    statistics  running ones are updated by the first part  those of rank 0, which has the same images, are saved
-    shuffle     of the keys' images over the 8 parts        over the ranks, which exchange uint8 images
-    gather      returns what it is given                    the keys and labels of all ranks, in rank order
-    gradients   averaged over the parts, without DDP        DDP averages them over the ranks
+    data        takes all draws of an epoch                 each takes every eighth draw of the same epoch
+    seeds       one per step and part                       one per step and rank, the same numbers
+    BatchNorm   sees 8 parts of 32 images in turn           sees 32 images per rank
+    statistics  the first part updates the running ones     rank 0, which has the same images, saves its own
+    shuffle     the keys' images move between the 8 parts   they move between ranks, as uint8
+    gather      returns its input                           returns keys and labels of all ranks, in rank order
+    gradients   are averaged over the parts, without DDP    DDP averages them over the ranks
     run name    the same                                    the same
 
-Digits, CIFAR and the losses that need the whole batch (--loss supcon, kcl-batch, bbn) are not split: on one process
-BatchNorm sees all images, on eight an eighth of them. That is another training, so its run name ends in -8ranks.
+The batch is not split for digits, CIFAR and the losses that need it whole (--loss supcon, kcl-batch, bbn). BatchNorm
+then sees all images on one process and an eighth of them on eight. This trains differently, so the name of a run on
+eight ends in -8ranks.
 """
 import atexit
 import ctypes
@@ -28,7 +29,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-atexit.register(gc.freeze)  # no garbage collection at exit, which takes 1.4 s of each command
+atexit.register(gc.freeze)  # garbage collection at exit would take 1.4 s of each command
 
 
 def init():
@@ -36,13 +37,13 @@ def init():
     gpus, ranks_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if 0 < gpus < ranks_here:
         sys.exit(f"error: {ranks_here} processes for {gpus} GPUs; use --nproc_per_node={gpus}, or "
-                 "CUDA_VISIBLE_DEVICES= before the command, which then runs on the CPU")
+                 "put CUDA_VISIBLE_DEVICES= before the command to run it on the CPU")
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
     if "RANK" in os.environ:
-        # torchrun keeps its store over restarts; the prefix hides the addresses of the ranks that have ended
+        # torchrun keeps its store across restarts; the prefix hides the addresses of ranks that have ended
         store, rank_, world_ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank_, world_size=world_)
@@ -52,7 +53,8 @@ def init():
     if gpus:
         return torch.device("cuda", torch.cuda.current_device())
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc keeps freed memory (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD): zeroing new pages takes a fifth of a small step
+        # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD make glibc keep freed memory. Otherwise zeroing new pages takes a fifth
+        # of a small step
         libc.mallopt(-1, 2**31 - 1)
         libc.mallopt(-3, 2**31 - 1)
     return torch.device("cpu")
@@ -67,7 +69,7 @@ def world():
 
 
 def print0(*args):
-    """print, on rank 0 only."""
+    """Print, on rank 0 only."""
     if rank() == 0:
         print(*args, flush=True)
 
@@ -81,11 +83,11 @@ def of_all_ranks(x):
 
 
 def wrap(module):
-    """DistributedDataParallel around a module that gets gradients, if there are several ranks. Each rank keeps its own
-    BatchNorm statistics, as on the authors' 8 GPUs x 32 images; rank 0's are saved."""
+    """Wrap a module that gets gradients in DistributedDataParallel if there are several ranks. Each rank keeps its own
+    BatchNorm statistics, as on the authors' 8 GPUs with 32 images each. Those of rank 0 are saved."""
     if world() == 1:
         return module
-    # gradients are views of DDP's buckets, or it would copy each of them twice per step
+    # gradients become views of DDP's buckets; otherwise DDP copies each of them twice per step
     net = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     net.broadcast_buffers = False  # the constructor's argument was renamed in torch 2.14
     return net
@@ -93,7 +95,8 @@ def wrap(module):
 
 @torch.no_grad()
 def gather(x):
-    """(n, ...) of each rank, n the same on all -> (world * n, ...) in rank order; no gradient."""
+    """Concatenate x (n, ...) of all ranks to (world * n, ...), in rank order, without gradient. n must be the same on
+    all ranks."""
     if world() == 1:
         return x
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
@@ -108,7 +111,7 @@ def exchange(x, owner, place):
     x (b, ...); owner, place (world, n) int64 on the CPU, the same on all ranks. Returns (n, ...).
     """
     me, W = rank(), world()
-    wanted = torch.cat([place[r][owner[r] == me] for r in range(W)])      # this rank's rows, by who wants them
+    wanted = torch.cat([place[r][owner[r] == me] for r in range(W)])      # the rows to send, rank by rank
     sent = x[wanted.to(x.device, non_blocking=True)]
     if W == 1:
         return sent
@@ -126,11 +129,11 @@ def run(main):
     try:
         main()
     except BaseException as error:
-        # One of several ranks says why it ends, and ends at once: to leave the group it would wait
-        # for the others (NCCL), which wait for it. torchrun ends them.
+        # With several ranks, a rank that fails prints why and exits at once. To leave the group it would
+        # wait for the others (NCCL), while they wait for it. torchrun ends them.
         stopped = isinstance(error, SystemExit)
         if world() > 1 and not (stopped and not error.code):
-            if not (stopped and isinstance(error.code, int)):  # argparse has said why
+            if not (stopped and isinstance(error.code, int)):  # argparse has printed why
                 print(error.code if stopped else traceback.format_exc(), file=sys.stderr, flush=True)
             os._exit(1)
         raise

@@ -1,11 +1,11 @@
 """
-kcl_loss without a (B, K) tensor: for researchers who run out of memory with large B and K, and for training on a CPU
-with K >= 4,096. Nothing here trains with it: with the paper's sizes `kcl_loss` is faster on a GPU and takes 288 MiB for
-256 queries and K = 65,536, where this takes 5.
+kcl_loss without a (B, K) tensor. Use it if you run out of memory with large B and K, or train on a CPU with K >= 4,096.
+The scripts do not use it: at the paper's sizes, 256 queries and K = 65,536, `kcl_loss` is faster on a GPU. There it
+takes 272 MiB and this version takes 5.
 
-    from kcl_fast import fast_kcl_loss as kcl_loss    # the same arguments, other draws of the positives
+    from kcl_fast import fast_kcl_loss as kcl_loss    # the same arguments, but other random positives
 
-Needs torch and kcl.py. tools/bench.py compares the two.
+It needs torch and kcl.py. tools/bench.py compares the two.
 """
 import math
 
@@ -17,11 +17,12 @@ from kcl import check_shapes, kcl_loss
 def choose_slots(labels, queue_labels, num_positives=6):
     """Choose the positives as kcl.choose_positives does, without a (B, K) mask.
 
-    Returns slots (B, k) int64 and found (B, k) bool, k = num_positives: a class with fewer keys leaves slots unfound.
+    Returns slots (B, k) int64 and found (B, k) bool, with k = num_positives. found is False for slots that a class with
+    fewer keys cannot fill.
 
-    Sorted by label, a class is a range of n slots. Each query draws k places in its range by Floyd's method ("A sample
-    of brilliance", CACM 1987): place j is uniform in the first n - k + j + 1, or the last of these if it was drawn
-    before.
+    Once the queue is sorted by label, each class is a range of n keys. Each query draws k places in its range with
+    Floyd's method ("A sample of brilliance", CACM 1987): place j is uniform in the first n - k + j + 1. If that place
+    was drawn before, the last of these is taken instead.
     """
     by_label, order = queue_labels.sort()                                 # (K,)
     first = torch.searchsorted(by_label, labels)                          # (B,)
@@ -33,53 +34,53 @@ def choose_slots(labels, queue_labels, num_positives=6):
     for j in range(1, num_positives):
         repeated = (place[:, :j] == place[:, j:j + 1]).any(1)
         place[:, j] = last[:, j].where(repeated, place[:, j])
-    place = place.where(n > num_positives, step)                          # all of a class with k keys or fewer
+    place = place.where(n > num_positives, step)                          # with k keys or fewer, take all of them
     return order[(first[:, None] + place).clamp(max=len(order) - 1)], step < n
 
 
 def class_sums(labels, queue, queue_labels):
-    """FCL's positives, without a mask too: the sum (B, d) and number (B,) of the queue's keys of each query's class."""
+    """FCL's positives, also without a mask: the sum (B, d) and number (B,) of queue keys with the query's label."""
     classes = labels.sort().values                                        # (B,), a class may occur more than once
     at = torch.searchsorted(classes, queue_labels).clamp(max=len(classes) - 1)
     of_a_query = (classes[at] == queue_labels) & (queue_labels >= 0)
-    at = at.where(of_a_query, len(classes))                               # (K,), B = the class of no query
+    at = at.where(of_a_query, len(classes))                               # (K,), B if no query has the class
     sums = queue.new_zeros(len(classes) + 1, queue.shape[1]).index_add(0, at, queue)
     n = at.new_zeros(len(classes) + 1).index_add(0, at, torch.ones_like(at))
-    first = torch.searchsorted(classes, labels)                           # (B,), where the class was counted
+    first = torch.searchsorted(classes, labels)                           # (B,), the row that has the class's sum
     return sums[first], n[first]
 
 
 def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.07,
                   fixed_divisor=False, drop_unused=False, first_k=False, reduction="mean", chunk=None):
-    """kcl_loss with the same arguments and result, but other draws of the positives. Beyond the inputs it needs a few
-    (B, chunk) and (B, d) tensors; on a CPU it takes the time of two matmuls, q @ queue^T and softmax @ queue.
+    """Same arguments and result as kcl_loss, but it draws other positives. In addition to its inputs it needs a few
+    (B, chunk) and (B, d) tensors. On a CPU it takes the time of two matmuls, q @ queue^T and softmax @ queue.
 
-    Rows must be unit vectors: then |logit| <= 1/T, and exp stays inside fp32 (exp(1/0.03) = 3e14) without a maximum to
-    subtract. Longer rows may give inf or nan. One pass over chunks of the queue gives loss and gradient. With
-    u = q / T, Z the sum of exp over own view and queue, m the number of positives, and D the divisor:
-        loss         (m log Z - u . sum of positive keys) / D
-        d loss / du  (m softmax-weighted mean of all keys - sum of positive keys) / D
-    chunk: keys at a time. The default is 1024 on a CPU, whose cache holds it for B = 256. On a GPU, where a launch
-    takes longer than its arithmetic, it is so many that B x chunk numbers are 4 MiB.
+    Rows must be unit vectors. Then |logit| <= 1/T, and exp stays inside fp32 (exp(1/0.03) = 3e14) without subtracting
+    the maximum. Longer rows may give inf or nan. One pass over chunks of the queue computes loss and gradient. With
+    u = q / T, Z the sum of exp over own view and queue, m the number of positives, and D the divisor, they are
+        loss         (m * log Z - u . sum of positive keys) / D
+        d loss / du  (m * softmax-weighted mean of all keys - sum of positive keys) / D
+    chunk is the number of keys per matmul. The default is 1024 on a CPU, whose cache holds it for B = 256. On a GPU a
+    kernel launch takes longer than its arithmetic, so chunks are larger: (B, chunk) takes 4 MiB.
 
     torch.compile(fullgraph=True) and torch.func.grad work. Use kcl_loss for vmap, and for a second derivative (a
     gradient penalty), which would be silently wrong here.
-    It calls kcl_loss itself for drop_unused, first_k, an empty queue, T as a tensor, and T < 0.03: at 0.011 a single
-    exp(1/T) leaves fp32, and Z sums up to K of them.
+    This function calls kcl_loss for drop_unused, first_k, an empty queue, T as a tensor, and T < 0.03. At T = 0.011 a
+    single exp(1/T) overflows fp32, and Z sums up to K of them.
     """
     if drop_unused or first_k or not len(queue) or isinstance(temperature, torch.Tensor) or temperature < 0.03:
         return kcl_loss(q, k, queue, labels, queue_labels, num_positives, temperature, fixed_divisor, drop_unused,
                         first_k, reduction)
     check_shapes(q, k, queue, labels, queue_labels)
     chunk = chunk or (2**20 // len(q) if q.is_cuda else 1024)
-    labels, queue_labels = labels.contiguous(), queue_labels.contiguous()  # or searchsorted copies, and warns
+    labels, queue_labels = labels.contiguous(), queue_labels.contiguous()  # otherwise searchsorted warns and copies
 
     with torch.autocast(q.device.type, enabled=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k, queue = q.to(dtype), k.detach().to(dtype), queue.detach().to(dtype)
-        u = q / temperature                                               # (B, d), the only one with a gradient
+        u = q / temperature                                               # (B, d), the only tensor with a gradient
         with torch.no_grad():
-            # the positives: sum and number
+            # sum and number of the positives
             if num_positives is None:
                 positive_sum, found = class_sums(labels, queue, queue_labels)
             else:
@@ -89,10 +90,10 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
             divisor = torch.full_like(m, 1 + num_positives) if fixed_divisor else m
 
             # the softmax over own view and queue, chunk by chunk
-            scaled = u * math.log2(math.e)                                # exp as 2^x: a quarter of its time on a CPU
+            scaled = u * math.log2(math.e)                                # on a CPU 2^x takes a quarter of exp's time
             e = (scaled * k).sum(1).exp2()                                # (B,), of the own view
             Z, weighted = e.clone(), e[:, None] * k                       # (B,), (B, d)
-            logits = u.new_empty(len(u) * min(chunk, len(queue)))         # one for all chunks: it stays in the cache
+            logits = u.new_empty(len(u) * min(chunk, len(queue)))         # one buffer for all chunks stays in the cache
             for begin in range(0, len(queue), chunk):
                 keys = queue[begin:begin + chunk]                         # (c, d)
                 e = logits[:len(u) * len(keys)].view(len(u), len(keys))   # (B, c)
@@ -101,5 +102,5 @@ def fast_kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperatur
                 weighted.addmm_(e, keys)
             value = (m * Z.log() - (u * positive_sum).sum(1)) / divisor   # (B,)
             gradient = ((m / Z)[:, None] * weighted - positive_sum) / divisor[:, None]    # (B, d)
-        loss = value + (gradient * (u - u.detach())).sum(1)               # the value, with the gradient
+        loss = value + (gradient * (u - u.detach())).sum(1)               # adds 0, which carries the gradient
     return {"mean": loss.mean(), "none": loss}[reduction]

@@ -4,25 +4,25 @@ Momentum contrast: a query encoder, a key encoder that follows it, and a queue o
     moco = MoCo(torchvision.models.resnet50, dim=128, K=65536, m=0.999)
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=0.1, momentum=0.9)
     for im_q, im_k, labels in batches:                                    # two views of (B, 3, H, W) images
-        moco.update_key_encoder()                                         # 1. key encoder <- m key + (1 - m) query
+        moco.update_key_encoder()                                         # 1. key encoder <- m * key + (1 - m) * query
         keys, key_labels = moco.keys(im_k, labels)                        # 2. keys of all ranks, without gradient
         q, k = F.normalize(moco.encoder_q(im_q)), moco.local_keys(keys)   # 3. this rank's queries and their keys
-        loss = kcl_loss(q, k, moco.queue, labels, moco.queue_labels)      # 4. the queue as it was before this batch
+        loss = kcl_loss(q, k, moco.queue, labels, moco.queue_labels)      # 4. the queue does not hold this batch yet
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        moco.enqueue(keys, key_labels)                                    # 5. only now: backward needs the old queue,
-                                                                          # and in a queue that held them already, a
-                                                                          # query's own key would count twice
-The queue starts as random vectors without a class. moco.fill_queue((im_k, labels) of some batches) replaces them by
-real keys.
+        moco.enqueue(keys, key_labels)                                    # 5. last: backward needs the old queue, and
+                                                                          # if the loss saw the new one, a query's
+                                                                          # own key would count twice
+The queue starts as random vectors without a class. moco.fill_queue(batches), where a batch is (im_k, labels), replaces
+them with real keys.
 
-He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020, with labels in the queue as
-KCL needs them (ICLR 2021, App. A). Wrap `encoder_q` alone in DistributedDataParallel: wrapped whole, the MoCo would
-broadcast its queue in each step, though every rank computes the same queue by itself. The ranks' queues agree only if
-the MoCo is built under the same torch seed on all of them; DDP makes just the `encoder_q` equal.
+The method is that of He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020. KCL
+adds the labels in the queue (ICLR 2021, App. A). Wrap only `encoder_q` in DistributedDataParallel. If you wrap the
+whole MoCo, DDP broadcasts its queue in each step, though every rank computes the same queue by itself. Build the MoCo
+under the same torch seed on all ranks, or their queues differ: DDP makes only `encoder_q` equal.
 
-Needs torch and ddp.py.
+It needs torch and ddp.py.
 """
 import torch
 import torch.nn as nn
@@ -32,7 +32,7 @@ import ddp
 
 
 def freeze_bn_statistics(module, frozen):
-    """Stop BatchNorm's running statistics, or let them move again. In training it uses its batch's own either way."""
+    """Stop or resume updates of BatchNorm's running statistics. Training uses the batch's own in either case."""
     for m in module.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.track_running_stats = not frozen
@@ -41,13 +41,13 @@ def freeze_bn_statistics(module, frozen):
 class MoCo(nn.Module):
     """The two encoders and the queue.
 
-    encoder  a constructor, encoder(num_classes=dim), of a network (B, 3, H, W) -> (B, dim)
+    encoder  a constructor: encoder(num_classes=dim) returns a network (B, 3, H, W) -> (B, dim)
     dim      d, the size of an embedding
-    K        slots in the queue, any number
+    K        number of slots in the queue; it need not be a multiple of the batch
     m        momentum of the key encoder
-    seed     of the shuffle across ranks, the same on every rank
-    parts    J: each rank's batch of J * b images is split into J parts, which are encoded one by one, so that W ranks
-             train as W * J would: BatchNorm sees b images, keys are shuffled over all parts, and the queue has the
+    seed     seed of the shuffle across ranks, the same on every rank
+    parts    J: split each rank's batch of J * b images into J parts and encode them one by one. W ranks then train as
+             W * J ranks would: BatchNorm sees b images, keys are shuffled over all parts, and the queue has the
              order of W * J ranks. Part j of rank r is called virtual rank r + W * j; it has images j, j + J, ...
     """
 
@@ -72,7 +72,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self):
-        """theta_k <- m theta_k + (1 - m) theta_q. Parameters only: each encoder has its own BatchNorm statistics."""
+        """theta_k <- m * theta_k + (1 - m) * theta_q. Each encoder keeps its own BatchNorm statistics."""
         if self.parameters_kq is None:
             self.parameters_kq = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
         torch._foreach_lerp_(*self.parameters_kq, 1 - self.m)
@@ -82,24 +82,25 @@ class MoCo(nn.Module):
         """Unit keys (W * J * b, d) and labels (W * J * b,) of the images of all ranks, ordered by virtual rank.
         local_keys() picks those of this rank.
 
-        im_k (J * b, 3, height, width) and labels (J * b,) are this rank's; every rank has equally many. prepare turns
-        images into the encoder's input after the exchange between ranks, which moves uint8.
+        im_k (J * b, 3, height, width) and labels (J * b,) are this rank's. Every rank must have the same number. Ranks
+        exchange the images as they are (uint8 in train_rep.py); prepare then turns them into the encoder's input.
 
-        A query and its key must not share their BatchNorm batch, through which the encoder could tell that they belong
-        together. So the images are shuffled over all virtual ranks and encoded there, and the keys are put back in
-        order. With one rank and one part (digits, CIFAR) both encoders see the same batch, and shuffling is in vain.
+        A query and its key must not be in the same BatchNorm batch, or its statistics tell the encoder that the two
+        belong together. So the images are shuffled over all virtual ranks and encoded there, and the keys are put back
+        in order. With one rank and one part (digits, CIFAR) both encoders see the same batch; shuffling has no effect.
 
-        8 ranks of 32 images at 224 px receive 4.2 MB of images each, less than 4.8 for any W, and 0.12 MB of keys.
+        With 8 ranks of 32 images at 224 px, each rank receives 4.2 MB of images and 0.12 MB of keys. With more ranks
+        the images stay below 4.8 MB.
         """
         W, J, b = ddp.world(), self.parts, len(im_k) // self.parts
 
         # fetch the images that this rank encodes
-        order = torch.randperm(W * J * b, generator=self.shuffle)         # image i of virtual rank v is number v b + i
+        order = torch.randperm(W * J * b, generator=self.shuffle)         # image i of virtual rank v: number v * b + i
         wanted = order.view(J, W, b).transpose(0, 1).reshape(W, J * b)    # row r: the images that rank r encodes
         v, i = wanted // b, wanted % b
         images = ddp.exchange(im_k, owner=v % W, place=i * J + v // W)
 
-        # encode them part by part; only the first part moves the running statistics
+        # encode them part by part; only the first part updates the running statistics
         encoded = []
         for j, part in enumerate(images.split(b)):
             if J > 1:
@@ -119,12 +120,12 @@ class MoCo(nn.Module):
         return keys, by_virtual_rank(labels.reshape(b, J).T.flatten())
 
     def local_keys(self, keys, j=0):
-        """The keys (b, d) of part j of this rank's batch, out of all that keys() returns."""
+        """Pick the keys (b, d) of part j of this rank's batch from all those that keys() returns."""
         return keys.chunk(ddp.world() * self.parts)[ddp.rank() + ddp.world() * j]
 
     @torch.no_grad()
     def enqueue(self, keys, labels):
-        """Put keys (n, d) and labels (n,), the same on all ranks, over the oldest slots. n may be larger than K."""
+        """Overwrite the oldest slots with keys (n, d) and labels (n,), the same on all ranks. n may exceed K."""
         keys, labels = keys[-self.K:], labels[-self.K:]
         slots = (self.ptr + torch.arange(len(keys), device=keys.device)) % self.K
         self.queue[slots] = keys.to(self.queue.dtype)
@@ -133,8 +134,8 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def fill_queue(self, batches, prepare=lambda x: x):
-        """Fill all K slots with real keys before step 0, from an iterable of (im_k, labels). It stops early if that
-        has fewer than K keys. The BatchNorm statistics of the key encoder are restored."""
+        """Fill all K slots with real keys before training starts, from an iterable of (im_k, labels). If it has fewer
+        than K keys, the other slots stay random. The key encoder's BatchNorm statistics are restored at the end."""
         before = [x.clone() for x in self.encoder_k.buffers()]
         filled = 0
         for im_k, labels in batches:

@@ -14,14 +14,14 @@ import torchvision
 
 import ddp
 
-SAVE_EVERY = 60  # at least so many seconds lie between two checkpoints; a ResNet-50's takes 0.3 GB
+SAVE_EVERY = 60  # seconds, at least, between two checkpoints; a ResNet-50's takes 0.3 GB
 
 # These settings change no weight, so a run may resume with other values.
 MAY_DIFFER = {"out", "workers", "log_every", "tensorboard", "compile", "restart", "world"}
 
 
 def save(state, path):
-    """torch.save, all or nothing: a run that is killed while it writes leaves the old file."""
+    """torch.save, all or nothing: if the run is killed while writing, the old file remains."""
     with open(f"{path}.tmp", "wb") as f:
         torch.save(state, f)
         f.flush()
@@ -34,17 +34,17 @@ def sha256(file):
 
 
 def same_list(trained):
-    """Exit if the list of a run (its settings) or of a classifier (its head.pt) has changed since the training: the
-    data folder was rebuilt under the same name, and training images may silently have become test images."""
+    """Exit if a training list has changed since the training. Then the data folder was rebuilt under the same name, and
+    training images may silently have become test images. trained: the settings of a run, or a head.pt."""
     name = trained.get("counts_of", trained["list"])
     files = [file for file in (Path(trained["data"]) / name, Path(name)) if file.is_file()]
     if files and sha256(files[0]) != trained["list_sha256"]:
-        sys.exit(f"error: {files[0]} is another list than the one that was trained on; train again, "
-                 "or pass the --data it was trained on")
+        sys.exit(f"error: {files[0]} has changed since the training; train again, "
+                 "or pass the --data folder of the training")
 
 
 def header(args, **more):
-    """What a reader needs to repeat the run: the first line of log.jsonl. more: settings that are not flags."""
+    """The first line of log.jsonl: what you need to repeat the run. more: settings that are not flags."""
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()  # "" without git or its history
     settings = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
@@ -64,7 +64,7 @@ def resume(out, settings, finished, restart=False):
     if finished != "backbone.pt" and (out / "backbone.pt").exists():
         sys.exit(f"error: {out} holds a backbone, whose log would be lost; pass another --out")
 
-    # ranks on several machines must agree: one that resumes would wait for one that starts over
+    # ranks on several machines must agree: one that resumes would wait forever for one that starts over
     log, ckpt = out / "log.jsonl", out / "ckpt.pt"
     first_line = log.read_text().splitlines()[0] if log.exists() else None
     found = None if restart else (first_line, ckpt.exists(), (out / finished).exists())
@@ -89,7 +89,7 @@ def resume(out, settings, finished, restart=False):
             differences.append(f"{name}: {recorded.get(name)} there, {x} here")
     if differences:
         sys.exit(f"error: {out} holds a run with other settings ({', '.join(differences)}); "
-                 "use these, pass another --out, or --restart to delete that run")
+                 "use its settings, pass another --out, or pass --restart to delete that run")
 
     if (out / finished).exists():
         ddp.print0(f"{out} is finished already; --restart trains it again")
@@ -98,9 +98,10 @@ def resume(out, settings, finished, restart=False):
 
 
 def open_log(out, header, step=None, tensorboard=False):
-    """log(line), which adds a dictionary to out/log.jsonl, and with tensorboard its numbers to out/tensorboard.
+    """Returns log(line), which appends a dictionary to out/log.jsonl and, with tensorboard, its numbers to
+    out/tensorboard.
 
-    step: the run resumes after it. Lines up to this step are kept; later ones will be written again.
+    step: the run resumes after this step. Lines up to it are kept; later ones will be written again.
     """
     out.mkdir(parents=True, exist_ok=True)
     path, lines = out / "log.jsonl", []
@@ -118,7 +119,7 @@ def open_log(out, header, step=None, tensorboard=False):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             sys.exit("error: --tensorboard needs a package: pip install tensorboard")
-        # purge_step hides what a killed run has written after its checkpoint
+        # purge_step hides what a killed run wrote after its checkpoint
         writer = SummaryWriter(out / "tensorboard", purge_step=(step or 0) + 1, flush_secs=10)
 
     def log(line):
@@ -128,30 +129,30 @@ def open_log(out, header, step=None, tensorboard=False):
         for name, x in line.items() if tensorboard else ():
             numbers = {f"{name}/{i}": n for i, n in enumerate(x)} if isinstance(x, list) else {name: x}
             for tag, number in numbers.items():
-                if number is not None:  # val_top1, if no list has chosen
+                if number is not None:  # val_top1 is None without a validation list
                     writer.add_scalar(tag, number, line["step"])
     return log
 
 
 def settings_of(backbone):
-    """The settings of the run that wrote `backbone`, from the log.jsonl next to it. A foreign backbone has none: {}."""
+    """The settings of the run that wrote `backbone`, from the log.jsonl next to it; {} if there is no log."""
     if Path(backbone).name == "head.pt":
-        sys.exit(f"error: {backbone} is a classifier; name the backbone.pt that it was trained on")
+        sys.exit(f"error: {backbone} is a classifier; pass the backbone.pt that it was trained on")
     if not Path(backbone).is_file():
-        sys.exit(f"error: no file {backbone}; name a backbone.pt of train_rep.py, or another ResNet's checkpoint")
+        sys.exit(f"error: no file {backbone}; pass a backbone.pt of train_rep.py, or another ResNet's checkpoint")
     log = Path(backbone).with_name("log.jsonl")
     return json.loads(log.read_text().splitlines()[0])["settings"] if log.exists() else {}
 
 
 def read_head(path):
-    """The head.pt of train_rep.py or train_linear.py: weight (C, D) and bias (C,) of a linear classifier, and what it
-    was trained on."""
+    """Read a head.pt of train_rep.py or train_linear.py: weight (C, D) and bias (C,) of a linear classifier, and what
+    it was trained on."""
     head = torch.load(path, map_location="cpu", weights_only=True) if Path(path).exists() else {}
     if "weight" not in head:
-        sys.exit(f"error: {path} is missing or not a head.pt; train_linear.py writes one, in linear-lt/")
+        sys.exit(f"error: {path} is missing or not a head.pt; train_linear.py writes one to linear-lt/")
     if "backbone_sha256" in head:  # older files have none
         backbone = (Path(path).parent / head["backbone"]).resolve()
         if backbone.is_file() and sha256(backbone) != head["backbone_sha256"]:
-            sys.exit(f"error: {path} was trained on another backbone than what is now {backbone}; "
+            sys.exit(f"error: {backbone} has changed since {path} was trained on it; "
                      "train this classifier again, with --restart")
     return head

@@ -2,17 +2,17 @@
 Stage 3: accuracy (all, many / medium / few) and balancedness of classifiers, side by side, on the test list.
 
     python evaluate.py runs/digits-lt-ce-seed0/head.pt runs/digits-lt-kcl-seed0/linear-lt/head.pt
-    python evaluate.py runs/digits-lt-ce-seed0/head.pt --tau-norm --ncm    # two more rows: the head tau-normalised, and
-                                                                           # the nearest class mean of its features
+    python evaluate.py runs/digits-lt-ce-seed0/head.pt --tau-norm --ncm    # two more rows: the tau-normalised head, and
+                                                                           # nearest class means of its features
     torchrun --nproc_per_node=8 evaluate.py runs/imagenet-ImageNet_LT_train-kcl-seed0/linear-lt/head.pt
 
-Balancedness (beta, eq. 3) says how equal the accuracies of the classes are on the test list. The paper measures it for
+Balancedness (beta, eq. 3) says how equal the class accuracies are on the test list. The paper measures it for
 a feature space (Figs 2, 4) with a linear classifier trained on the balanced set: `train_linear.py --protocol rep`. For
 any other head, beta describes features and classifier together.
 
-Prints one table and writes eval.json next to each head: accuracies in [0, 1], null for an empty group. With another
-list than the test list the file is on_LIST_eval.json. Runs that differ only in their seed get an extra row with mean +-
-standard deviation. tools/plots.py draws what is written; pandas makes one file of it:
+It prints one table and writes eval.json next to each head, with accuracies in [0, 1] and null for an empty group. If
+--list is not the test list, the file is called on_LIST_eval.json. Runs that differ only in their seed get an extra row
+with mean +- standard deviation. tools/plots.py draws these files, and pandas joins them into one table:
     pandas.DataFrame(json.loads(f.read_text()) for f in Path("runs").rglob("eval*.json")).to_csv("table.csv")
 """
 import argparse
@@ -31,7 +31,7 @@ import data
 import ddp
 from resnet import load_backbone
 
-TAUS = np.arange(0, 2.01, 0.1).round(1).tolist()  # 0 is the plain head without its bias, 1 gives all classes one norm
+TAUS = np.arange(0, 2.01, 0.1).round(1).tolist()  # 0 only drops the head's bias, 1 also gives all rows norm 1
 
 
 # ---- metrics
@@ -39,8 +39,8 @@ TAUS = np.arange(0, 2.01, 0.1).round(1).tolist()  # 0 is the plain head without 
 def balancedness(acc, sigma=0.1):
     """beta = 1/C^2 sum_{i,j} exp(-|a_i - a_j|^2 / sigma), eq. 3.
 
-    acc (C,): accuracy of each class, in [0, 1]. 1/C < beta <= 1, and 1 only if all are equal. The paper calls sigma
-    "a fixed scaling parameter" and does not give it: 0.1 is ours. Compare beta at one sigma only.
+    acc (C,): accuracy of each class, in [0, 1]. 1/C < beta <= 1, and beta is 1 only if all are equal. The paper calls
+    sigma "a fixed scaling parameter" but gives no value. 0.1 is our choice. Compare beta only at the same sigma.
     """
     a = np.asarray(acc, dtype=np.float64)
     if not ((a >= 0) & (a <= 1)).all():
@@ -49,7 +49,8 @@ def balancedness(acc, sigma=0.1):
 
 
 def group_accuracy(acc, class_sizes):
-    """{many, medium, few}: mean accuracy of a group's classes, or None. class_sizes (C,): training images per class."""
+    """{many, medium, few}: mean accuracy over the classes of a group, None if it has no class. class_sizes (C,):
+    training images per class."""
     acc, group_of = np.asarray(acc), np.array(data.groups(class_sizes))
     means = dict.fromkeys(("many", "medium", "few"))
     for name in set(group_of):
@@ -58,7 +59,7 @@ def group_accuracy(acc, class_sizes):
 
 
 def count_hits(logits, labels):
-    """Per class: images, top-1 hits, top-5 hits; (3, C) float64. logits (n, C), labels (n,)."""
+    """Count images, top-1 hits and top-5 hits per class, (3, C) float64. logits (n, C), labels (n,)."""
     C = logits.shape[1]
     top5 = logits.topk(min(5, C)).indices == labels[:, None]              # (n, 5)
     per_image = torch.stack([torch.ones_like(labels), top5[:, 0], top5.any(1)])           # (3, n)
@@ -67,7 +68,7 @@ def count_hits(logits, labels):
 
 
 def scores(hits, class_sizes, sigma):
-    """top-1, many / medium / few, beta of one test list, from count_hits' (3, C): images, top-1 hits, top-5 hits."""
+    """The scores in eval.json: top-1, many / medium / few, beta, and so on. hits (3, C) comes from count_hits."""
     n, top1, top5 = hits.numpy()
     acc = top1 / n
     return {"top1": float(top1.sum() / n.sum()), "top5": float(top5.sum() / n.sum()),
@@ -85,7 +86,7 @@ def tau_normalize(weight, tau):
 
 
 def choose_tau(weight, features, labels):
-    """The tau of TAUS with the most top-1 hits on the validation features (n, D). Among equals the smallest."""
+    """The tau of TAUS with the most top-1 hits on the validation features (n, D). If several tie, the smallest."""
     hits = []
     for tau in TAUS:
         logits = features @ tau_normalize(weight, tau).T
@@ -94,8 +95,8 @@ def choose_tau(weight, features, labels):
 
 
 def class_means(features, labels, C):
-    """Nearest class mean (Kang et al. 2020, sec. 4) as a linear head without a bias: per class the unit mean (C, D) of
-    its unit features (n, D). The largest logit is the largest cosine."""
+    """Nearest class mean (Kang et al. 2020, sec. 4) as a linear head without a bias. A row of its weight (C, D) is the
+    mean of the class's unit features, scaled to norm 1. The largest logit then belongs to the largest cosine."""
     total = torch.zeros(C, features.shape[1], device=features.device)
     return F.normalize(total.index_add_(0, labels, F.normalize(features)))
 
@@ -103,8 +104,8 @@ def class_means(features, labels, C):
 # ---- heads and their features
 
 def load_head(path, root=None, groups=None):
-    """A head.pt, with its own path and that of its backbone. root: another data folder. groups: another list, whose
-    class sizes make many / medium / few."""
+    """Read a head.pt and add its own path and that of its backbone. root replaces its data folder. groups is a list
+    whose class sizes define many / medium / few instead of the recorded ones."""
     path = Path(path)
     if path.is_dir():
         path = path / "head.pt"
@@ -115,7 +116,7 @@ def load_head(path, root=None, groups=None):
     head["data"] = root or head["data"]
     checkpoint.same_list(head)
 
-    head["trained_on"] = head["counts_of"]  # the class means of --ncm come from it
+    head["trained_on"] = head["counts_of"]  # --ncm takes its class means from this list
     if groups:
         head["counts"] = data.read_list(head["data"], groups)[1].bincount().tolist()
         head["counts_of"] = groups
@@ -128,7 +129,7 @@ def load_head(path, root=None, groups=None):
 
 
 def images_of(head, name):
-    """The images of a list. Exits unless it has images of each of the head's classes, and of no other class."""
+    """The images of a list. Exits unless the list has images of every class of the head and of no other class."""
     dataset = data.ImageList(head["data"], name, head)
     n, C = dataset.labels.bincount(), len(head["weight"])
     if len(n) != C or not n.all():
@@ -139,8 +140,8 @@ def images_of(head, name):
 
 
 def evaluate(heads, args, device):
-    """The table's rows for heads of one backbone, which encodes each list once: 50,000 x 2048 x 4 B = 0.4 GB for the
-    test list of ImageNet."""
+    """The table's rows for the heads of one backbone. It encodes each list once and keeps the features, for the test
+    list of ImageNet 50,000 x 2048 x 4 B = 0.4 GB."""
     first = heads[0]
     backbone = load_backbone(first["backbone"], first["arch"])
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
@@ -160,7 +161,7 @@ def evaluate(heads, args, device):
         return encoded[dataset.name]
 
     for head in heads:
-        # the classifiers of this head: itself, and what needs no training
+        # the classifiers to score: the head itself, and those that need no training
         weight = head["weight"].to(device)                                # (C, D)
         classifiers = [("eval.json", head["protocol"], head["chosen"],
                         weight, head["bias"].to(device))]
@@ -193,7 +194,7 @@ def evaluate(heads, args, device):
 # ---- the table
 
 def over_seeds(rows):
-    """[(run without its seed, protocol, rows)]: rows that differ only in the seed of their run, together."""
+    """Group rows that differ only in the seed of their run: [(run without its seed, protocol, rows)]."""
     together = {}
     for row in rows:
         key = re.sub(r"-seed\d+", "", row["run"]), row["protocol"]
@@ -208,7 +209,7 @@ def over_seeds(rows):
 
 
 def cell(rows, column):
-    """A number of the table: the value of one row, or mean +- standard deviation of several."""
+    """A cell of the table: the value of one row, or mean +- standard deviation of several."""
     values = [row[column] for row in rows]
     if None in values:
         return "-"
@@ -220,7 +221,7 @@ def cell(rows, column):
 
 
 def print_table(rows):
-    """Markdown: a line per row, then a line per run of several seeds."""
+    """Print a Markdown table, with a line per row, then a line per run that has several seeds."""
     columns = {"top-1": "top1", "top-5": "top5", "many": "many", "medium": "medium", "few": "few",
                "beta": "balancedness", "std": "std"}
     fewest, most = np.transpose([row["images_per_class"] for row in rows])
@@ -247,11 +248,11 @@ def print_table(rows):
         print(f"| {name:<{width}} | {' | '.join(cells)} | {classifier} |")
 
     class_lists = sorted({row["counts_of"] for row in rows})
-    print(f"In percent, except for beta: balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). "
-          f"Beta and std are of the class accuracies on {', '.join(tests)}.")
+    print(f"All columns are in percent, except beta, the balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). "
+          f"Beta and std are computed from the class accuracies on {', '.join(tests)}.")
     if uneven:
-        print(f"There are {fewest.min()} to {most.max()} images per class: top-1 and top-5 count "
-              "images, mean and all others classes; beta and std are noisy if a class has few images.")
+        print(f"There are {fewest.min()} to {most.max()} test images per class. Top-1 and top-5 average over "
+              "images, all other columns over classes. Beta and std are noisy if a class has few images.")
     if means:
         print("+- is the standard deviation over the seeds.")
     print("many / medium / few: mean over the classes with > 100 / 20 to 100 / < 20 images in "
@@ -261,32 +262,34 @@ def print_table(rows):
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("heads", nargs="+", help="head.pt of train_linear.py or train_rep.py")
-    p.add_argument("--data", help="where the lists' paths start; default: as in training")
+    p.add_argument("heads", nargs="+", help="head.pt files of train_linear.py or train_rep.py")
+    p.add_argument("--data",
+                   help="the folder that the lists' paths start from; default: as in training")
     p.add_argument("--list", help="list to evaluate on; default: the test list of these classes")
-    p.add_argument("--groups", help="list that makes many / medium / few; default: the backbone's")
-    p.add_argument("--sigma", type=float, default=0.1, help="of beta: %(default)s, our choice")
-    p.add_argument("--tau-norm", action="store_true", help="add the tau-normalised joint CE heads")
-    p.add_argument("--ncm", action="store_true", help="add nearest class means, per backbone")
+    p.add_argument("--groups", help="list that sets many / medium / few; default: the backbone's")
+    p.add_argument("--sigma", type=float, default=0.1, help="sigma of beta; our default is 0.1")
+    p.add_argument("--tau-norm", action="store_true", help="also tau-normalise joint CE heads")
+    p.add_argument("--ncm", action="store_true", help="also score nearest class means")
     p.add_argument("--val", help="list that chooses tau; default: the data set's validation list")
-    p.add_argument("--names", nargs="+", help="of the table's rows, in order; default: their runs")
-    p.add_argument("--batch", type=int, default=256, help="images per rank at a time: %(default)s")
-    p.add_argument("--workers", type=int, help="per rank: its share of the cores; digits 0")
-    return p.parse_intermixed_args()  # flags may stand between the heads
+    p.add_argument("--names", nargs="+", help="names of the rows, in order; default: the run names")
+    p.add_argument("--batch", type=int, default=256, help="images per rank at a time; default 256")
+    p.add_argument("--workers", type=int,
+                   help="per rank; default: its share of the cores, 0 for digits")
+    return p.parse_intermixed_args()  # allows flags between the heads
 
 
 def main():
     device = ddp.init()
     args = parse_args()
 
-    # all heads and lists, so that what is wrong with the last one is said before the long work begins
+    # read all heads and lists first, so that no error comes after the long work has begun
     heads = [load_head(path, args.data, args.groups) for path in args.heads]
     of_backbone = {}
     for head in heads:
         spec = data.DATASETS[head["dataset"]]
         default = data.sibling_list(head["data"], head["list"], spec["test"])
         head["test"] = images_of(head, args.list or default)
-        if args.list is None:  # a list of your own may be the training list itself
+        if args.list is None:  # with --list you may score the training list itself
             for trained_on in {head["list"], head["trained_on"]}:
                 if data.find_list(head["data"], trained_on).is_file():
                     data.refuse_overlap(head["data"], trained_on, default, "test")
@@ -300,14 +303,14 @@ def main():
         key = head["backbone"], head["dataset"], head["data"]
         of_backbone.setdefault(key, []).append(head)
     if args.tau_norm and not any("val" in head for head in heads):
-        ddp.print0("no tau-norm: it needs a joint CE head, the head.pt of train_rep.py --loss ce, "
-                   "and a list that chooses tau, --val")
+        ddp.print0("no tau-norm: it needs a joint CE head, which train_rep.py --loss ce writes, "
+                   "and a list that chooses tau (--val)")
     num_rows = len(heads) + sum("val" in head for head in heads) + args.ncm * len(of_backbone)
     if args.names and len(args.names) != num_rows:
-        sys.exit(f"error: --names names {len(args.names)} rows, the table has {num_rows}: "
-                 "--tau-norm adds one to each joint CE head, --ncm one to each backbone")
+        sys.exit(f"error: --names has {len(args.names)} name(s), but the table has {num_rows} row(s); "
+                 "--tau-norm adds one per joint CE head, --ncm one per backbone")
 
-    # backbone by backbone; the table has the order of the command line
+    # evaluate backbone by backbone, then sort the rows in the order of the command line
     rows = []
     for group in of_backbone.values():
         rows += evaluate(group, args, device)

@@ -6,17 +6,17 @@ Stage 2: train a linear classifier on the frozen features of a backbone.
     torchrun --nproc_per_node=8 train_linear.py runs/imagenet-ImageNet_LT_train-kcl-seed0/backbone.pt
     python train_linear.py moco_v2_800ep.pth.tar --loss cl --arch resnet50 --dataset imagenet --data X
 
---protocol lt trains on the backbone's long-tailed list; for a CE backbone this is cRT: a new head on frozen features,
-every class drawn equally often.
+--protocol lt trains on the backbone's long-tailed list and draws every class equally often. For a CE backbone this is
+cRT, a new head on frozen features.
 --protocol rep trains on the full, balanced list and uses every image once per epoch.
---classifier lws learns one scale per class for the head that was trained along with the backbone.
---classifier ldam is a cosine classifier trained with LDAM-DRW instead of CE, as in the published KCL runs on CIFAR-LT.
+--classifier lws learns one scale per class for the head that was trained together with the backbone.
+--classifier ldam trains a cosine classifier with LDAM-DRW instead of CE, as in the published KCL runs on CIFAR-LT.
 --features cached encodes each image once, without augmentation, which is faster. The paper augments in every epoch.
 
 Each pair of a --lr and a --weight-decay is one classifier. All of them train side by side on the same stream of
-features, each as it would alone, and the validation list chooses one. The test list is never touched.
+features, each as it would alone. The one with the best top-1 on the validation list is kept. The test list is not used.
 
-Writes head.pt and log.jsonl to <folder of the backbone>/<classifier>-<protocol>[-cached]. Next: evaluate.py.
+This writes head.pt and log.jsonl to <folder of the backbone>/<classifier>-<protocol>[-cached]. Next: evaluate.py.
 """
 import argparse
 import itertools
@@ -41,8 +41,8 @@ from resnet import ARCHS, load_backbone
 
 LR_GRID = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
 
-# Defaults by kind of data set and by what the backbone was trained with, a classification or a contrastive loss. A flag
-# wins. lr is that of --val none: a validation list chooses from LR_GRID.
+# Defaults by kind of data and by the backbone's loss, classification or contrastive. Flags override them. lr is used
+# only with --val none; otherwise the validation list chooses from LR_GRID.
 COMMON = dict(schedule="cosine", weight_decay=[0.0], workers=data.workers_per_rank())
 PHOTOS = dict(COMMON, batch=256, aug="sup")
 CIFAR = dict(COMMON, batch=128, aug="cifar", epochs=30)
@@ -58,42 +58,46 @@ DEFAULTS = {
 
 
 def parse_args():
-    """The flags, and the list of the backbone's training: None if unknown, or not one of --data."""
+    """The flags, and the list that the backbone was trained on: None if unknown, or if it was in another --data."""
     table = "".join(f"  {kind}, {loss}: {row}\n" for (kind, loss), row in DEFAULTS.items())
     p = argparse.ArgumentParser(description=__doc__, epilog=f"defaults by data and loss:\n{table}",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("backbone", help="backbone.pt of train_rep.py, or another ResNet's checkpoint")
-    p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="see above: %(default)s")
+    p.add_argument("--protocol", choices=("lt", "rep"), default="lt", help="default %(default)s")
     p.add_argument("--features", choices=("streamed", "cached"), default="streamed",
-                   help="%(default)s")
-    p.add_argument("--classifier", choices=("linear", "lws", "ldam"), default="linear", help="%(default)s")
+                   help="default %(default)s")
+    p.add_argument("--classifier", choices=("linear", "lws", "ldam"), default="linear",
+                   help="default %(default)s")
     # the backbone: by default what the log.jsonl next to it says
     p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="default: the backbone's")
     p.add_argument("--dataset", choices=tuple(data.DATASETS), help="default: the backbone's")
-    p.add_argument("--data", help="where the lists' paths start; default: the backbone's folder")
+    p.add_argument("--data",
+                   help="the folder that the lists' paths start from; default: the backbone's")
     p.add_argument("--loss", choices=("kcl", "cl", "fcl", *LOSSES), metavar="LOSS",
-                   help="of the backbone; it decides the defaults at the end")
+                   help="loss of the backbone; it selects the defaults listed below")
     # data
-    p.add_argument("--list", help="training list; lt: the backbone's, rep: the balanced one")
+    p.add_argument("--list", help="training list; default: the backbone's for lt, balanced for rep")
     p.add_argument("--val", help="list that chooses a classifier, or none; default: the data set's")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"),
-                   help="lt: class, rep: instance")
+                   help="default: class for lt, instance for rep")
     p.add_argument("--aug", choices=augment.AUGMENTATIONS, help="augmentation of streamed features")
     p.add_argument("--workers", type=int, help="data workers per rank")
     # optimisation
-    p.add_argument("--lr", type=float, nargs="+", help=f"{LR_GRID}; with --val none see the end")
-    p.add_argument("--epochs", type=int, help="of the training list")
-    p.add_argument("--schedule", choices=("cosine", "step"), help="step: x0.1 at 60 and 80 %%")
+    p.add_argument("--lr", type=float, nargs="+", help=f"default {LR_GRID}; --val none: see below")
+    p.add_argument("--epochs", type=int, help="epochs over the training list")
+    p.add_argument("--schedule", choices=("cosine", "step"),
+                   help="step: x0.1 at 60 and 80 %% of the epochs")
     p.add_argument("--weight-decay", type=float, nargs="+")
-    p.add_argument("--batch", type=int, help="images per step over all ranks together")
-    p.add_argument("--seed", type=int, default=0, help="of weights and random draws: %(default)s")
+    p.add_argument("--batch", type=int, help="images per step, over all ranks")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights and draws; default 0")
     # the run
-    p.add_argument("--out", type=Path, help="default: see above; a foreign backbone's: in runs/")
-    p.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard as well")
-    p.add_argument("--restart", action="store_true", help="delete what --out holds, do not resume")
+    p.add_argument("--out", type=Path, help="default: see above, or runs/ for a foreign backbone")
+    p.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
+    p.add_argument("--restart", action="store_true",
+                   help="delete what --out holds and start over; by default the run resumes")
     args = p.parse_args()
 
-    # the backbone's settings: where no flag gives them, its run's log does
+    # the backbone's settings: without a flag, they come from the log of its run
     run = checkpoint.settings_of(args.backbone)
     for name in ("arch", "dataset", "data", "loss"):
         if getattr(args, name) is None:
@@ -101,9 +105,9 @@ def parse_args():
     missing = [f"--{name}" for name in ("arch", "dataset", "data") if getattr(args, name) is None]
     if missing:
         sys.exit(f"error: no log.jsonl next to {args.backbone}; pass {' and '.join(missing)}")
-    args.data = str(Path(args.data))  # without a slash at the end
+    args.data = str(Path(args.data))  # without a trailing slash
 
-    # the lists: a half of the classes has its own, in the folder of its training list
+    # the lists; if the backbone saw only half of the classes, its list has siblings for that half
     spec = data.DATASETS[args.dataset]
     backbone_list = run.get("list") if args.data == run.get("data") else None
     if backbone_list:
@@ -114,7 +118,7 @@ def parse_args():
     args.val = args.val or data.sibling_list(args.data, args.list, spec["val"])
     args.sampler = args.sampler or {"lt": "class", "rep": "instance"}[args.protocol]
 
-    # the hyper-parameters: where no flag gives them, the table does
+    # the hyper-parameters: without a flag, they come from the table
     if args.lr is None and args.val != "none":
         args.lr = LR_GRID
     kind, family = row_of_defaults(args)
@@ -137,14 +141,14 @@ def parse_args():
 
 
 def row_of_defaults(args):
-    """The key of DEFAULTS: the kind of the data set, and of the backbone's loss."""
+    """The key into DEFAULTS: the kind of data and the kind of the backbone's loss."""
     family = "classification" if args.loss in (None, *CLASSIFICATION) else "contrastive"
     return data.DATASETS[args.dataset]["kind"], family
 
 
 class ScaledHead(nn.Module):
-    """LWS (Kang et al. 2020, sec. 4): a fixed joint head, weight (C, D) and bias (C,), times one learned scale per
-    class (C,), which starts at 1. The bias is scaled too, as in the authors' code."""
+    """LWS (Kang et al. 2020, sec. 4): the head that was trained with the backbone, weight (C, D) and bias (C,), stays
+    fixed. One scale per class (C,) is learned and starts at 1. It scales the bias too, as in the authors' code."""
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -173,8 +177,8 @@ class Heads(nn.ModuleList):
 
 
 def linear_heads(M, D, C, cosine=False):
-    """M linear classifiers that start alike: weights ~ N(0, 0.01), as in MoCo's linear protocol, and biases 0. cosine:
-    LDAM's, on unit features and without a bias."""
+    """M linear classifiers that start with the same weights, normal with standard deviation 0.01 as in MoCo's linear
+    protocol, and zero biases. cosine: LDAM's cosine classifiers instead, which also start alike."""
     if cosine:
         heads = Heads(NormedLinear(D, C) for _ in range(M))
         for head in heads:
@@ -189,7 +193,7 @@ def linear_heads(M, D, C, cosine=False):
 
 
 def learning_rate(base, schedule, t):
-    """At t = epoch / epochs. Cosine reaches 0 after the last epoch; step is MoCo's: x0.1 at 60 and at 80 of 100."""
+    """The rate at t = epoch / epochs. cosine reaches 0 after the last epoch; step is MoCo's, x0.1 at 60 and 80 %."""
     if schedule == "cosine":
         return base * 0.5 * (1 + math.cos(math.pi * t))
     return base * 0.1 ** ((t >= 0.6) + (t >= 0.8))
@@ -197,7 +201,7 @@ def learning_rate(base, schedule, t):
 
 def choose(heads, pairs, features, labels, args):
     """The index of the classifier with the best top-1 on the validation features (N, D), that top-1, and the reason in
-    words. Among equals the usual learning rate wins (DEFAULTS), then the smallest, then the smallest weight decay."""
+    words. If several tie, the learning rate in DEFAULTS wins, then the smallest one, then the smallest weight decay."""
     hits = [(head(features).argmax(1) == labels).sum() for head in heads]
     top1 = [(n / len(labels)).item() for n in hits]
     cells = [f"{100 * x:.1f} (lr {lr:g}, weight decay {decay:g})"
@@ -210,7 +214,7 @@ def choose(heads, pairs, features, labels, args):
     if len(tied) > 1:
         return best, top1[best], f"chosen on {args.val}, a tie of {len(tied)}"
     if len(args.lr) > 1 and pairs[best][0] in (min(args.lr), max(args.lr)):
-        ddp.print0(f"lr {pairs[best][0]:g} is an end of the grid; one beyond it may do better")
+        ddp.print0(f"lr {pairs[best][0]:g} is at the end of the grid; one beyond it may do better")
     return best, top1[best], f"chosen on {args.val}"
 
 
@@ -236,7 +240,7 @@ def save_results(args, header, counts_of, classifier, chosen, val_top1):
         **{name: spec[name] for name in ("mean", "std", "pixels", "resize")}},
         args.out / "head.pt")
     (args.out / "ckpt.pt").unlink(missing_ok=True)
-    print(f"classifier in {args.out / 'head.pt'} ({chosen})")
+    print(f"wrote {args.out / 'head.pt'} ({chosen})")
 
 
 def main():
@@ -250,23 +254,23 @@ def main():
     draws = data.Draws(dataset.labels, args.sampler, args.batch, args.epochs, args.seed)
     counts, steps = draws.counts, len(dataset) // args.batch
     if args.protocol == "rep" and counts.max() > 2 * counts.min():  # ImageNet has 732 to 1,300
-        ddp.print0(f"{args.list} is not balanced, so beta is not that of the features alone")
+        ddp.print0(f"{args.list} is not balanced, so beta does not describe the features alone")
 
-    # many / medium / few go by what the backbone has seen, unless its list has other classes
+    # many / medium / few count the images of the backbone's list, unless it has other classes
     counts_of = args.list
     if backbone_list and Path(backbone_list).parent == Path(args.list).parent:
         counts_of = backbone_list
     class_names = data.class_names(args.data, args.list)
     data.refuse_other_classes(class_names, args.data, counts_of)
 
-    # one classifier per pair; if there are several, only images that nothing was trained on may choose
+    # one classifier per pair; if there are several, choose one on images that were never trained on
     pairs = list(itertools.product(args.lr, args.weight_decay))           # M of them
-    ddp.print0(f"classifiers side by side: {len(pairs)}, on {device.type}")
+    ddp.print0(f"training {len(pairs)} classifier(s) side by side, on {device.type}")
     val = None
     if len(pairs) > 1:
         if args.val == "none":
-            sys.exit("error: several classifiers need a --val that chooses; or pass one --lr and "
-                     "--weight-decay")
+            sys.exit("error: several classifiers need a --val list that chooses one; or pass one --lr "
+                     "and one --weight-decay")
         for trained_on in {args.list, backbone_list or args.list}:
             data.refuse_overlap(args.data, trained_on, args.val)
         data.refuse_other_classes(class_names, args.data, args.val)
@@ -275,14 +279,14 @@ def main():
             sys.exit(f"error: {args.val} has labels up to {val.labels.max()}, "
                      f"{args.list} only up to {len(counts) - 1}")
 
-    # resume, or begin
+    # resume, if --out holds a checkpoint
     header = checkpoint.header(args, backbone_list=backbone_list,
                                list_sha256=checkpoint.sha256(data.find_list(args.data, args.list)),
                                backbone_sha256=checkpoint.sha256(args.backbone))
     ckpt = checkpoint.resume(args.out, header["settings"], "head.pt", args.restart)
     begin = ckpt["epoch"] if ckpt else 0
 
-    # the frozen backbone: eval() also stops BatchNorm's statistics, which requires_grad does not
+    # the frozen backbone: eval() stops BatchNorm's statistics, which requires_grad_(False) would not do
     backbone = load_backbone(args.backbone, args.arch).to(device, memory_format=torch.channels_last)
     backbone.eval().requires_grad_(False)
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
@@ -295,7 +299,7 @@ def main():
     def features_of(images):                                              # a list -> (N, D)
         return data.encode_all(encode, images, D, args.batch, args.workers, device)
 
-    # the classifiers: a parameter group each, since SGD takes one lr and one weight decay per group
+    # the classifiers: each has its own parameter group, since SGD takes one lr and one weight decay per group
     torch.manual_seed(args.seed)
     if args.classifier == "lws":
         joint = checkpoint.read_head(Path(args.backbone).with_name("head.pt"))
@@ -313,7 +317,7 @@ def main():
         optimizer.load_state_dict(ckpt["optimizer"])
         ddp.print0(f"{args.out}: resuming after epoch {begin} of {args.epochs}")
 
-    # the features: all at once, or batch by batch below
+    # encode the features, either all at once or batch by batch below
     if cached:
         cache, cache_labels = features_of(dataset), dataset.labels.to(device)
     else:
@@ -323,7 +327,7 @@ def main():
     if ddp.rank() == 0:
         log = checkpoint.open_log(args.out, header, begin * steps or None, args.tensorboard)
     bar = tqdm(range(begin, args.epochs), desc=str(args.out), unit="epoch",
-               disable=ddp.rank() > 0 or None)                            # None: no bar in a file
+               disable=ddp.rank() > 0 or None)                            # None hides it outside a terminal
     ldam_drw = argparse.Namespace(loss="ldam", drw=True, epochs=args.epochs)
     saved = time.time()
     for epoch in bar:
@@ -344,7 +348,7 @@ def main():
             labels = labels.to(device, non_blocking=True)
             losses = torch.stack([criterion(z, labels) for z in net(features)])           # (M,)
             optimizer.zero_grad()
-            losses.sum().backward()  # a head's gradient is that of its own loss
+            losses.sum().backward()  # each head gets the gradient of its own loss only
             optimizer.step()
             total += losses.detach()
 

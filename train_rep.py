@@ -1,15 +1,15 @@
 """
-Stage 1: train a representation with KCL, or with what it is compared with: CE, CL (MoCo), FCL, and baselines.py.
+Stage 1: train a representation with KCL or a method it is compared with: CE, CL (MoCo), FCL, those in baselines.py.
 
     python train_rep.py --loss kcl                                  # embedded digits, CPU or one GPU, 3 minutes
-    torchrun --nproc_per_node=2 train_rep.py --loss kcl             # two processes; BatchNorm sees half of a batch
+    torchrun --nproc_per_node=2 train_rep.py --loss kcl             # two processes; BatchNorm sees half a batch
     torchrun --nproc_per_node=8 train_rep.py --loss kcl --data /path/to/imagenet --list ImageNet_LT_train.txt
 
 Writes to --out:
-    log.jsonl      first line: command, settings, versions; then a line every --log-every steps
-    ckpt.pt        at the end of an epoch, at most once a minute (and after the last epoch); the same command resumes
-    head.pt        only with classification losses: the classifier that was trained with the encoder
-    backbone.pt    last: a plain state_dict in torchvision's names, without the fc
+    log.jsonl      the first line has command, settings and versions; then comes a line every --log-every steps
+    ckpt.pt        saved after an epoch, at most once a minute, and after the last; the same command resumes from it
+    head.pt        the classifier that was trained with the encoder; only classification losses have one
+    backbone.pt    written last: a plain state_dict with torchvision's names, without the fc
 Next: train_linear.py.
 """
 import argparse
@@ -38,10 +38,11 @@ from kcl import kcl_loss
 from moco import MoCo, freeze_bn_statistics
 from resnet import ARCHS, fit, load_backbone, with_head
 
-KCL_FAMILY = ("kcl", "cl", "fcl")  # k positives from the queue, none, all
+KCL_FAMILY = ("kcl", "cl", "fcl")  # they take k, no, or all same-class keys of the queue
 
-# The hyper-parameters: of all, then by kind of data, then what a loss changes. Flags win. Those of photographs are of
-# BalFeat, the authors' code; those of CIFAR-LT are of Cao et al. 2019, with a cosine, and its queue and m are ours.
+# The hyper-parameters: first for all runs, then per kind of data, then what a loss changes. Flags override them. Those
+# for photographs are from BalFeat, the authors' code. Those for CIFAR-LT are from Cao et al. 2019, except the cosine
+# schedule, queue and m, which are our choice.
 DEFAULTS = {
     "all": dict(epochs=200, lr=0.1, schedule="cosine", sampler="instance"),
     # ImageNet-LT, iNaturalist, Places365
@@ -55,11 +56,11 @@ DEFAULTS = {
     ("digits", "classification"): dict(epochs=90, lr=0.3),                # chosen on val: results/findings.md
     ("digits", "kcl"): dict(lr=0.3),
     ("digits", "cl"): dict(lr=0.03),
-    "bbn": dict(sampler="bilateral"),                                     # its two streams, for no other loss
+    "bbn": dict(sampler="bilateral"),                                     # BBN's two streams; no other loss has them
 }
-BN_BATCH = 32  # photographs: the images that one BatchNorm sees, as on the authors' 8 GPUs x 32
+BN_BATCH = 32  # photographs: BatchNorm sees this many images, as on the authors' 8 GPUs with 32 images each
 
-# flags that these losses would ignore silently; a loss of your own may read them all
+# flags that these losses would silently ignore; your own loss may read them all
 NO_POSITIVES = ("ce", "focal", "cb-focal", "ldam", "bbn", "cl", "fcl", "supcon")
 IGNORED_BY = {
     "mlp": baselines.CLASSIFICATION,
@@ -78,55 +79,60 @@ def parse_args():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     # method
     p.add_argument("--loss", choices=(*KCL_FAMILY, *baselines.LOSSES), default="kcl",
-                   help="default kcl; others: baselines.py")
-    p.add_argument("--num-positives", type=int, default=6, help="k of KCL: 6, best in Fig. 5")
-    p.add_argument("--temperature", type=float, default=0.07, help="T of the softmax: 0.07")
-    p.add_argument("--fixed-divisor", action="store_true", help="KCL: divide by k + 1, always")
+                   help="default kcl; cl is MoCo, fcl takes all positives; others: baselines.py")
+    p.add_argument("--num-positives", type=int, default=6,
+                   help="k of KCL; default 6, the best in Fig. 5")
+    p.add_argument("--temperature", type=float, default=0.07, help="T of the softmax; default 0.07")
+    p.add_argument("--fixed-divisor", action="store_true", help="KCL: always divide by k + 1")
     p.add_argument("--drop-unused", action="store_true",
-                   help="KCL: take undrawn same-class keys out of the denominator")
+                   help="KCL: remove undrawn same-class keys from the denominator")
     p.add_argument("--first-k", action="store_true",
-                   help="KCL: the first k same-class slots, not random ones")
-    p.add_argument("--queue", type=int, help="K, keys in the queue")
+                   help="KCL: take the first k same-class slots, not random ones")
+    p.add_argument("--queue", type=int, help="K, the number of keys in the queue")
     p.add_argument("--m", type=float, help="momentum of the key encoder")
-    p.add_argument("--dim", type=int, default=128, help="d, the size of an embedding: 128")
+    p.add_argument("--dim", type=int, default=128, help="d, the size of an embedding; default 128")
     p.add_argument("--mlp", action="store_true", help="MoCo v2's two-layer head, not a linear one")
     p.add_argument("--no-fill", action="store_true", help="start from a random queue, like MoCo")
-    p.add_argument("--drw", action="store_true", help="CE, LDAM: re-weight in the last fifth")
+    p.add_argument("--drw", action="store_true",
+                   help="CE, LDAM: re-weight the classes in the last fifth of the epochs")
     p.add_argument("--init", help="backbone.pt to start from; --loss ce on a CL backbone is "
                                   "self-supervised pre-training (SSP)")
     # data
     p.add_argument("--dataset", choices=tuple(data.DATASETS),
-                   help="default: what splits.json in --data says; else small or small64 if the "
-                        "images have at most 64 px, or imagenet; without --data digits")
+                   help="default: digits without --data; with --data, what its splits.json says, "
+                        "otherwise small or small64 if the images have at most 64 px, or imagenet")
     p.add_argument("--data", help="the folder that the list's paths start from")
-    p.add_argument("--list", help="training list, in --data or as given, with one `path label` per "
+    p.add_argument("--list", help="training list, in --data or any path, with one `path label` per "
                                   "line; default: the data set's long tail")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"),
-                   help="which images are drawn; default: instance, every image once per epoch")
+                   help="how images are drawn; default: instance, every image once per epoch")
     p.add_argument("--aug", choices=augment.AUGMENTATIONS)
     p.add_argument("--workers", type=int, help="per rank; default: its share of the cores")
     # optimisation
     p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="see ARCHS in resnet.py")
     p.add_argument("--epochs", type=int)
     p.add_argument("--batch", type=int, help="images per step, over all ranks")
-    p.add_argument("--lr", type=float, help="for the whole --batch")
-    p.add_argument("--schedule", choices=("cosine", "step"), help="step: x0.1 at 60 and 80 %%")
-    p.add_argument("--warmup", type=int, default=0, help="epochs that rise linearly from lr 0.01: 0")
-    p.add_argument("--weight-decay", type=float, help="the authors have 1e-4 on full ImageNet")
-    p.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentations: 0")
+    p.add_argument("--lr", type=float, help="learning rate for the whole --batch")
+    p.add_argument("--schedule", choices=("cosine", "step"),
+                   help="step: x0.1 at 60 and 80 %% of the epochs")
+    p.add_argument("--warmup", type=int, default=0,
+                   help="epochs in which the lr rises linearly from 0.01; default 0")
+    p.add_argument("--weight-decay", type=float, help="the authors use 1e-4 on full ImageNet")
+    p.add_argument("--seed", type=int, default=0,
+                   help="seed of weights, draws and augmentations; default 0")
     # speed and memory
     p.add_argument("--virtual-gpus", type=int, metavar="V",
-                   help="train as V GPUs would: a rank takes its batch in V / ranks parts, and "
-                        "BatchNorm sees one part. Default: photos have parts of 32 images on 1, 2, "
-                        "4 or 8 GPUs; all else has as many parts as there are ranks")
-    p.add_argument("--amp", action="store_true", help="encoders in bfloat16, the loss in float32")
+                   help="train as V GPUs would: each rank splits its batch into V / ranks parts, "
+                        "and BatchNorm sees one part. Default: photographs are split into parts of 32 "
+                        "images on 1, 2, 4 or 8 GPUs; everything else has one part per rank")
+    p.add_argument("--amp", action="store_true", help="run encoders in bfloat16, the loss in fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile the encoders")
     # the run
     p.add_argument("--out", type=Path, help="default: runs/<data>-<list>-<loss>[-<...>]-seed<n>")
-    p.add_argument("--log-every", type=int, default=10, help="steps between two log lines: 10")
-    p.add_argument("--tensorboard", action="store_true", help="the log also in OUT/tensorboard")
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; default 10")
+    p.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     p.add_argument("--restart", action="store_true",
-                   help="delete what --out holds; leave it out to resume")
+                   help="delete what --out holds and start over; by default the run resumes")
     args = p.parse_args()
 
     for flag, losses in IGNORED_BY.items():
@@ -151,16 +157,17 @@ def parse_args():
 
     # refuse what would go wrong silently
     if args.data is None:
-        sys.exit(f"error: --dataset {args.dataset} needs --data, where the list's paths start")
-    args.data = str(Path(args.data))                                      # without a last slash
+        sys.exit(f"error: --dataset {args.dataset} needs --data, the folder that the list's paths "
+                 "start from")
+    args.data = str(Path(args.data))                                      # without a trailing slash
     if args.virtual_gpus % ddp.world() or args.batch % args.virtual_gpus:
         sys.exit(f"error: --virtual-gpus {args.virtual_gpus} must be a multiple of the {ddp.world()} "
                  f"ranks and divide --batch {args.batch}")
     if args.virtual_gpus > ddp.world() and args.loss in baselines.WHOLE_BATCH:
-        sys.exit(f"error: --virtual-gpus {args.virtual_gpus} takes a batch in parts, but "
+        sys.exit(f"error: --virtual-gpus {args.virtual_gpus} splits the batch, but "
                  f"--loss {args.loss} needs it whole")
 
-    # runs/digits-lt-kcl-seed0; runs that differ in other flags than these need an --out
+    # runs/digits-lt-kcl-seed0; runs that differ in flags that are not in the name need an --out
     name = Path(args.list).with_suffix("").as_posix().replace("train_", "")
     name = name.strip("/").replace("/", "-")
     variant = args.loss + "-drw" * args.drw + "-init" * bool(args.init)
@@ -174,8 +181,8 @@ def parse_args():
 
 
 def dataset_of(args):
-    """The data set: --dataset, or what splits.json says, which make_lt.py writes next to the lists. If it is unknown
-    or a folder of one's own, its images may be small."""
+    """The data set: --dataset, or what splits.json says, which make_lt.py writes next to the lists. If neither names
+    one, or it is `folder`, the size of the images may make it small or small64. Otherwise it is imagenet."""
     if args.data is None:
         return args.dataset or "digits"
     name, list_name = args.dataset, args.list or data.LISTS["train"]
@@ -189,7 +196,8 @@ def dataset_of(args):
 
 
 def learning_rate(base, schedule, t):
-    """At t = epoch / epochs. cosine reaches 0 after the last epoch; step is MoCo's 120 and 160 of 200."""
+    """The rate at t = epoch / epochs. cosine reaches 0 after the last epoch; step drops at 120 and 160 of 200, as in
+    MoCo."""
     if schedule == "cosine":
         return base * (0.5 * (1 + math.cos(math.pi * t)))
     return base * 0.1 ** ((t >= 0.6) + (t >= 0.8))
@@ -213,26 +221,28 @@ def network(args, class_sizes, parts):
     else:
         model = baselines.network(args, constructor, class_sizes)
 
-    # read its backbone as stage 2 will, which must not fail after hours; with --init it is still the file's
+    # Read its backbone as stage 2 will, so that a fault shows now and not after hours. With --init, check that the
+    # weights are still those of the file.
     backbone, _ = fit(backbone_of(model), args.arch, f"the network of --loss {args.loss}")
     for name, x in backbone.state_dict().items() if args.init else ():
         in_file = re.sub(r"\.(conventional|rebalanced)\b", "", name)      # BBN has its last block twice
         if in_file not in start or not torch.equal(x, start[in_file]):
-            sys.exit(f"error: {name} of --loss {args.loss} is not that of {args.init}; no network can "
-                     "start from a BBN's, and baselines.network must use the constructor it is given")
+            sys.exit(f"error: {name} of --loss {args.loss} differs from that of {args.init}; "
+                     "--init cannot use the backbone of a BBN, and baselines.network must use the "
+                     "constructor it is given")
     return model
 
 
 def backbone_of(model):
-    """{name: tensor} of the encoder in its own names, without its fc: what backbone.pt holds."""
-    encoder = getattr(model, "encoder", model)                            # BBN has one inside
+    """What backbone.pt holds: {name: tensor} of the encoder, with its own names and without its fc."""
+    encoder = getattr(model, "encoder", model)                            # a BBN contains one
     if isinstance(model, MoCo):
         encoder = model.encoder_q
     return {name: x for name, x in encoder.state_dict().items() if not name.startswith("fc.")}
 
 
 def criterion_of(args, model, class_sizes, epoch):
-    """The loss function of an epoch."""
+    """The loss function for an epoch."""
     if args.loss not in KCL_FAMILY:
         return baselines.criterion(args, model, class_sizes, epoch)
     num_positives = {"kcl": args.num_positives, "cl": 0, "fcl": None}[args.loss]
@@ -242,7 +252,7 @@ def criterion_of(args, model, class_sizes, epoch):
 
 
 def keys_to_fill(loader, draws, device):
-    """(images, labels) to fill the queue with, of epochs below 0: more than one if K exceeds the data set."""
+    """Yield (images, labels) to fill the queue with. They come from epochs -1, -2, ..., as many as K needs."""
     for epoch in itertools.count(-1, -1):
         draws.set_epoch(epoch)
         for (_, view), labels, _ in loader:
@@ -250,9 +260,9 @@ def keys_to_fill(loader, draws, device):
 
 
 def save_results(args, header, model, class_sizes):
-    """Write head.pt if the loss trains a classifier, then backbone.pt, which says that the run is finished."""
+    """Write head.pt if the loss trains a classifier, then backbone.pt, which marks the run as finished."""
     state = {name: x.cpu().contiguous() for name, x in backbone_of(model).items()}
-    checkpoint.save(state, args.out / "backbone.new")                     # head.pt holds its hash
+    checkpoint.save(state, args.out / "backbone.new")                     # head.pt needs its hash
     if args.loss in baselines.CLASSIFICATION:
         weight, bias = baselines.weight_and_bias(model.fc)
         spec = data.DATASETS[args.dataset]
@@ -270,7 +280,7 @@ def save_results(args, header, model, class_sizes):
             **{key: spec[key] for key in ("mean", "std", "pixels", "resize")},
         }, args.out / "head.pt")
     os.replace(args.out / "backbone.new", args.out / "backbone.pt")
-    print(f"backbone in {args.out / 'backbone.pt'}")
+    print(f"wrote {args.out / 'backbone.pt'}")
 
 
 def main():
@@ -308,7 +318,7 @@ def main():
     encoders = [model.encoder_q, model.encoder_k] if queued else [model]
     for encoder in encoders if args.compile else ():
         encoder.compile()
-    net = ddp.wrap(encoders[0])                                           # it alone gets gradients
+    net = ddp.wrap(encoders[0])                                           # only this one gets gradients
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
@@ -329,12 +339,12 @@ def main():
     if ddp.rank() == 0:
         log = checkpoint.open_log(args.out, header, begin * steps or None, args.tensorboard)
     bar = tqdm(desc=args.out.name, total=steps * args.epochs, initial=steps * begin, unit="step",
-               mininterval=1, disable=ddp.rank() > 0 or None)             # None: no bar in a file
+               mininterval=1, disable=ddp.rank() > 0 or None)             # None hides it outside a terminal
     saved = time.time()
     for epoch in range(begin, args.epochs):
         draws.set_epoch(epoch)
         lr = learning_rate(args.lr, args.schedule, epoch / args.epochs)
-        if epoch < args.warmup:  # SupCon's, for large batches
+        if epoch < args.warmup:  # as in SupCon's code, for large batches
             lr = 0.01 + (lr - 0.01) * epoch / args.warmup
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -345,18 +355,18 @@ def main():
             views = [view.to(device, non_blocking=True) for view in views]  # (B / ranks, 3, H, W) uint8 each
             labels = labels.to(device, non_blocking=True)                 # (B / ranks,)
 
-            # the keys of all ranks, from a key encoder that follows the query encoder
+            # let the key encoder follow the query encoder, then encode the keys of all ranks
             if queued:
                 model.update_key_encoder()
                 with amp:
                     keys, key_labels = model.keys(views[1], labels, to_input)    # (B, d), (B,)
             images = views[0] if queued else torch.cat(views)
 
-            # gradients, part by part: DDP averages them over ranks after the last part
+            # compute gradients part by part; DDP averages them over ranks after the last part
             optimizer.zero_grad()
             for j in range(parts):
-                # A random stream per step and virtual rank: a resumed run draws what an undisturbed one draws.
-                # A loss of the whole batch is computed by all ranks alike, so their draws are alike too.
+                # There is one random stream per step and virtual rank, so a resumed run draws the same numbers as an
+                # uninterrupted one. A loss of the whole batch is the same on all ranks, so they share one stream.
                 stream = 0 if args.loss in baselines.WHOLE_BATCH else ddp.rank() + ddp.world() * j
                 torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + stream)
                 if parts > 1:
@@ -374,20 +384,20 @@ def main():
                 total += loss.detach() / parts
             optimizer.step()
 
-            # only now: backward needs the old queue, and in a queue that held them already a query's own
-            # key would count twice
+            # enqueue last: backward needs the old queue, and if the loss saw the new one, a query's own key
+            # would count twice
             if queued:
                 model.enqueue(keys, key_labels)
             bar.update()
 
-            # the log: only here does the host wait for the device
+            # write the log; only here does the host wait for the device
             if step % args.log_every == 0 or step == (epoch + 1) * steps:
                 dist.all_reduce(total)
                 n = step - since_step
                 line = {"epoch": epoch, "step": step, "loss": total.item() / ddp.world() / n,
                         "lr": optimizer.param_groups[0]["lr"],
                         "images_per_s": n * args.batch / (time.time() - since)}
-                if queued:  # 1: the queries fill the sphere; 0: they are one vector, the network has collapsed
+                if queued:  # 1 if the queries fill the sphere, 0 if the network has collapsed to one vector
                     spread = q.detach().std(0, correction=0).mean() * args.dim**0.5
                     line["feature_std"] = spread.item()
                 if not math.isfinite(line["loss"]):

@@ -693,7 +693,7 @@ def test_a_loss_that_is_nan_on_one_rank_ends_both(ranks, small, tmp_path, monkey
 
 def test_flags_that_do_not_fit(script, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for args, expected in (((), "no file runs/digits-lt-kcl-seed0/backbone.pt; name a backbone.pt of train_rep.py"),
+    for args, expected in (((), "no file runs/digits-lt-kcl-seed0/backbone.pt; pass a backbone.pt of train_rep.py"),
                            (("--dataset", "voc", "--pretrained", "none"), "--dataset voc needs --data and --pretrained"),
                            (("--pretrained", "none", "--batch", 3, "--accumulate", 2), "--batch 3 must be divisible by ranks x --accumulate"),
                            (("--pretrained", "none", *TINY_RUN, "--lr", 1e30), "try a smaller --lr than 1e+30")):

@@ -208,7 +208,7 @@ def test_val_chooses_among_all_pairs(linear, run, digits, capsys):
 
 def test_an_end_of_the_grid_is_said_but_not_of_a_tie(linear, capsys, monkeypatch):
     linear("--features", "cached", "--epochs", 30, "--lr", 1e-9, 1)
-    assert "lr 1 is an end of the grid; one beyond it may do better" in capsys.readouterr().out
+    assert "lr 1 is at the end of the grid; one beyond it may do better" in capsys.readouterr().out
     linear("--features", "cached", "--lr", 1e-8, 1e-9)  # neither learns
     assert "end of the grid" not in capsys.readouterr().out
 
@@ -261,7 +261,7 @@ def test_head_knows_the_seed_of_its_backbone(script, digits, run, tmp_path, caps
     for backbone, seed in ((tmp_path, 7), (run, 3)):
         script(train_linear, backbone / "backbone.pt", *command(run, digits)[1:], "--lr", 1, "--seed", 3, "--out", tmp_path / str(seed))
         assert torch.load(tmp_path / f"{seed}/head.pt", weights_only=True)["seed"] == seed
-    assert f"classifiers side by side: 1, on {'cuda' if torch.cuda.is_available() else 'cpu'}" in capsys.readouterr().out
+    assert f"training 1 classifier(s) side by side, on {'cuda' if torch.cuda.is_available() else 'cpu'}" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -364,7 +364,7 @@ def test_groups_are_made_by_what_the_backbone_has_seen(script, digits, run, tmp_
 # ---- refusing
 
 @pytest.mark.parametrize("args, sentence", [
-    (("--val", "none", "--weight-decay", 0, 1e-4), "several classifiers need a --val that chooses"),
+    (("--val", "none", "--weight-decay", 0, 1e-4), "several classifiers need a --val list that chooses one"),
     (("--val", "train_lt0.txt"), "are in the training list"),
     (("--list", "overlap_source/train_lt.txt", "--val", "val.txt"), "label 2 is class 2 in val.txt, but 4 in the training list"),
     (("--lr", 1e38), "the classifier is not finite with lr 1e+38; try a smaller --lr")])
@@ -393,7 +393,7 @@ def test_a_list_that_numbers_the_classes_otherwise(script, digits, run, tmp_path
 
 
 def test_a_head_is_no_backbone(script, run, digits):
-    with pytest.raises(SystemExit, match="head.pt is a classifier; name the backbone.pt that it was trained on"):
+    with pytest.raises(SystemExit, match="head.pt is a classifier; pass the backbone.pt that it was trained on"):
         script(train_linear, run / "head.pt", *command(run, digits)[1:])
 
 
@@ -411,7 +411,7 @@ def test_a_list_that_has_changed_since_the_training_is_noticed(tmp_path):
     checkpoint.same_list({**run, "data": "/nowhere"})  # a head.pt serves without its list
     (tmp_path / "l.txt").write_text("a 0\n")
     for changed in (run, {**run, "list": "val.txt", "counts_of": "l.txt"}):
-        with pytest.raises(SystemExit, match="/l.txt is another list than the one that was trained on"):
+        with pytest.raises(SystemExit, match="/l.txt has changed since the training"):
             checkpoint.same_list(changed)
 
 
@@ -420,7 +420,7 @@ def test_the_list_of_the_backbone_is_the_one_it_was_trained_on(script, digits, r
     with pytest.raises(SystemExit, match="no log.jsonl next to .*; pass --arch and --dataset and --data"):
         script(train_linear, tmp_path / "backbone.pt")
     seen = (digits / "train_lt.txt").read_text() + (digits / "val.txt").read_text()
-    for text, sentence in (("", "train_lt.txt is another list than the one that was trained on"), (seen, "are in the training list")):
+    for text, sentence in (("", "train_lt.txt has changed since the training"), (seen, "are in the training list")):
         (tmp_path / "lt.txt").write_text(seen)
         settings = dict(arch="resnet8s", dataset="digits", data=str(digits), loss="ce",
                         list=str(tmp_path / "lt.txt") if text else "train_lt.txt",
@@ -465,7 +465,7 @@ def test_a_finished_classifier_is_kept_and_other_settings_are_refused(linear, sc
     with pytest.raises(SystemExit) as stop:
         linear("--features", "cached", "--lr", 1, "--out", out)
     assert stop.value.code == 0 and "is finished already; --restart trains it again" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds a run with other settings .lr: .1.0. there, .2.0. here.; use these, pass another --out"):
+    with pytest.raises(SystemExit, match="holds a run with other settings .lr: .1.0. there, .2.0. here.; use its settings, pass another --out"):
         linear("--features", "cached", "--lr", 2, "--out", out)
     with pytest.raises(SystemExit, match="other settings .backbone: "):  # of the same folder
         (tmp_path / "other.pt").symlink_to(run / "backbone.pt")

@@ -382,7 +382,7 @@ def test_the_network_of_a_fork_starts_from_the_file_or_ends_the_run(start, monke
         assert_starts_from(of_fork(lambda constructor: Nested(name, constructor(num_classes=10)), *init), start[0], 42)
     for build in (lambda constructor: ARCHS["resnet8s"](), lambda constructor: Nested("encoder", ARCHS["resnet8s"]()), other_stem):
         of_fork(build)
-        with pytest.raises(SystemExit, match="^error: conv1.weight of --loss ce is not that of .*start.pt; .* must use the constructor it is given"):
+        with pytest.raises(SystemExit, match="^error: conv1.weight of --loss ce differs from that of .*start.pt; .* must use the constructor it is given"):
             of_fork(build, *init)
     for flags in ((), init):  # stage 2 could not read it
         with pytest.raises(SystemExit, match="^error: the network of --loss ce has no conv1.weight, .*; its names begin with net"):
@@ -392,7 +392,7 @@ def test_the_network_of_a_fork_starts_from_the_file_or_ends_the_run(start, monke
 @pytest.mark.parametrize("loss", ["ce", "kcl", "supcon", "bbn"])
 def test_nothing_starts_from_two_branches(loss, tmp_path, monkeypatch):
     torch.save(baselines.BBN(ARCHS["resnet8s"], 10).encoder.state_dict(), tmp_path / "bbn.pt")
-    with pytest.raises(SystemExit, match="^error: layer3.0.conv.* is not that of .*bbn.pt; no network can start from a BBN's"):
+    with pytest.raises(SystemExit, match="^error: layer3.0.conv.* differs from that of .*bbn.pt; --init cannot use the backbone of a BBN"):
         network_of(monkeypatch, "--loss", loss, "--init", tmp_path / "bbn.pt")
 
 

@@ -1,11 +1,13 @@
 """
-Augmentations by name. Those of photographs work on one image, in a data worker; those of small images on a batch of
-uint8 images in the device's memory, from random numbers that the epoch draws (data.py, Draws).
+Augmentations by name. A photograph is augmented on its own, in a data worker. Small images are augmented as a batch of
+uint8 images in the device's memory, with random numbers that the epoch draws (Draws in data.py).
 
-    sup      the paper's for CE, KCL and FCL: random crop and flip
-    moco     MoCo v1, the paper's for CL; mocov2 and lt (usual in long-tailed recognition) for comparison
-    affine   digits: small rotations, shifts and scales
-    cifar    crop of the padded image and flip
+    sup      random crop and flip; the paper uses it for CE, KCL and FCL
+    moco     MoCo v1's; the paper uses it for CL
+    mocov2   MoCo v2's, for comparison
+    lt       the usual one in long-tailed recognition, for comparison
+    affine   small rotations, shifts and scales, for digits
+    cifar    random crop of the padded image, and flip
     simclr   SimCLR's for CIFAR
 """
 import math
@@ -18,7 +20,8 @@ from torchvision.transforms import v2 as T
 # ---- augmentations of one image, in a data worker
 
 class RandomResizedCrop(T.RandomResizedCrop):
-    """torchvision's, pixel for pixel, in 0.85 of its time: the uint8 kernel is slow on a view of a larger image."""
+    """torchvision's, pixel for pixel, in 0.85 of its time. It copies the crop before resizing, because the uint8 kernel
+    is slow on a view of a larger image."""
 
     def forward(self, image):
         params = self.make_params([image])
@@ -28,23 +31,24 @@ class RandomResizedCrop(T.RandomResizedCrop):
 
 
 def adjust_hue(image, turns):
-    """torchvision's adjust_hue of uint8 images (..., 3, H, W), to within one grey level, five times as fast. turns: a
-    number, or one per image (..., 1, 1).
+    """torchvision's adjust_hue for uint8 images (..., 3, H, W), to within one grey level and five times as fast.
+    turns: a number, or one per image (..., 1, 1).
 
     Hues lie on a circle: red at 0, green at a third of a turn, blue at two thirds. A channel has the pixel's largest
-    value up to a sixth of a turn from its own hue, the smallest beyond two sixths, and is linear in between.
+    value if the pixel's hue is within a sixth of a turn of the channel's own hue, and the smallest value if it is more
+    than two sixths away. In between the channel is linear.
     """
     rgb = image.short()
     r, g, b = rgb.unbind(-3)
     low, high = rgb.amin(-3), rgb.amax(-3)                                # (..., H, W)
     chroma = high - low
 
-    # a pixel is as far from pure red as it lacks red and has green and blue; 6 * chroma are a full turn
+    # the distance from pure red grows as red goes down and green and blue go up; 6 * chroma is a full turn
     from_red = (high - r) + (g - low) + (b - low)
     hue = torch.copysign(from_red, g - b)  # positive towards green, negative towards blue
-    hue = hue / (6 * chroma).clamp_(min=1) + turns  # grey has no hue: whatever it gets is times chroma 0
+    hue = hue / (6 * chroma).clamp_(min=1) + turns  # grey has no hue, and its chroma of 0 cancels this one
 
-    # in place, since fresh memory takes longer than the arithmetic
+    # in place, because allocating memory takes longer than the arithmetic
     away = torch.stack([hue, hue - 1 / 3, hue - 2 / 3], dim=-3)           # (..., 3, H, W)
     away.sub_(away.round()).abs_()  # the shorter way around the circle
     share = away.mul_(-6).add_(2).clamp_(0, 1)
@@ -53,10 +57,10 @@ def adjust_hue(image, turns):
 
 
 class ColorJitter(T.ColorJitter):
-    """torchvision's with our adjust_hue, since hue takes most of its time. The random numbers are the same."""
+    """torchvision's with our adjust_hue, because hue takes most of its time. It draws the same random numbers."""
 
     def transform(self, image, params):
-        for i in params["fn_idx"]:  # a random order of brightness, contrast, saturation and hue
+        for i in params["fn_idx"]:  # brightness 0, contrast 1, saturation 2 and hue 3, in random order
             if i == 3 and self.hue:
                 image = adjust_hue(image, params["hue_factor"])
             else:
@@ -65,19 +69,19 @@ class ColorJitter(T.ColorJitter):
 
 
 def augmentation(name, pixels):
-    """A random transform uint8 (3, H, W) -> uint8 (3, pixels, pixels)."""
+    """A random transform of one image: uint8 (3, H, W) -> uint8 (3, pixels, pixels)."""
     flip = T.RandomHorizontalFlip()
-    planes = T.Lambda(torch.Tensor.contiguous)  # channels first: colours are computed a quarter faster
-    if name == "sup":  # the paper's for CE, KCL and FCL; scale 0.08 to 1
+    planes = T.Lambda(torch.Tensor.contiguous)  # channels first makes the colour transforms a quarter faster
+    if name == "sup":  # crops of 0.08 to 1 of the area, torchvision's default
         return nn.Sequential(RandomResizedCrop(pixels), flip)
-    if name == "lt":  # usual in long-tailed recognition
+    if name == "lt":
         return nn.Sequential(RandomResizedCrop(pixels), flip, planes, ColorJitter(0.4, 0.4, 0.4, 0))
     crop = RandomResizedCrop(pixels, (0.2, 1))
-    if name == "moco":  # MoCo v1: the paper's for CL
+    if name == "moco":
         return nn.Sequential(crop, planes, T.RandomGrayscale(0.2), ColorJitter(0.4, 0.4, 0.4, 0.4), flip)
     if name == "mocov2":
         jitter = T.RandomApply([ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
-        blur = T.RandomApply([T.GaussianBlur(pixels // 20 * 2 + 1, (0.1, 2.0))], 0.5)  # a tenth of the image, as SimCLR
+        blur = T.RandomApply([T.GaussianBlur(pixels // 20 * 2 + 1, (0.1, 2.0))], 0.5)  # a tenth, as in SimCLR
         return nn.Sequential(crop, planes, jitter, T.RandomGrayscale(0.2), blur, flip)
     raise ValueError(f"no augmentation {name}")
 
@@ -85,13 +89,13 @@ def augmentation(name, pixels):
 # ---- augmentations of a batch of small images, in the device's memory
 
 def affine(images, u):
-    """Digits: rotation by 15 degrees, shift by a tenth, scale 0.85 to 1.15. A flip or a small crop would change the
-    class (2 and 5, 6 and 0). images uint8 (B, 3, H, W), u (B, 4) uniform in [0, 1)."""
+    """For digits: rotation by up to 15 degrees, shift by up to a tenth, scale by 0.85 to 1.15. A flip or a small crop
+    could change the class (2 and 5, 6 and 0). images: uint8 (B, 3, H, W). u: (B, 4), uniform in [0, 1)."""
     H, W = images.shape[-2:]
     angle, scale = (2 * u[:, 0] - 1) * math.radians(15), 0.85 + 0.3 * u[:, 3]
     dx, dy = (0.1 * W * (2 * u[:, 1] - 1)).round(), (0.1 * H * (2 * u[:, 2] - 1)).round()    # whole pixels
 
-    # where the pixels of the output come from, in [-1, 1] coordinates: shifted, rotated and scaled back
+    # the source of each output pixel, in [-1, 1] coordinates: undo the shift, the rotation and the scale
     x = (2 * (torch.arange(W, device=u.device) - dx[:, None]) + 1) / W - 1                   # (B, W)
     y = (2 * (torch.arange(H, device=u.device) - dy[:, None]) + 1) / H - 1                   # (B, H)
     x, y = x[:, None], y[:, :, None]
@@ -101,7 +105,7 @@ def affine(images, u):
 
 
 def crop_flip(images, u, padding=4):
-    """CIFAR's random crop of the padded image, and flip. images uint8 (B, 3, H, W), u (B, 3) uniform in [0, 1)."""
+    """CIFAR's random crop of the padded image, and flip. images: uint8 (B, 3, H, W). u: (B, 3), uniform in [0, 1)."""
     B, _, H, W = images.shape
     padded = F.pad(images, (padding,) * 4)
     y, x = (u[:, :2, None] * (2 * padding + 1)).long().unbind(1)          # (B, 1) each
@@ -121,22 +125,23 @@ def gray(images):
 
 
 def simclr(images, u):
-    """SimCLR's for CIFAR: a random crop of 0.2 to 1 of the area, flip, colour jitter (0.4, 0.4, 0.4, 0.1) of 0.8 of the
-    views, 0.2 in gray. As torchvision's transforms, but the four jitters always come in this order.
+    """SimCLR's for CIFAR: a random crop of 0.2 to 1 of the area, a flip, colour jitter (0.4, 0.4, 0.4, 0.1) with
+    probability 0.8, and grey with probability 0.2. It follows torchvision's transforms, but always jitters in the order
+    brightness, contrast, saturation, hue.
 
-    images uint8 (B, 3, H, W), u (B, 29) uniform in [0, 1).
+    images: uint8 (B, 3, H, W). u: (B, 29), uniform in [0, 1).
     """
     B, _, H, W = images.shape
     area, aspect, u = u[:, :10], u[:, 10:20], u[:, 20:, None, None, None]
 
-    # the first of ten boxes that fits into the image, as in RandomResizedCrop; one of 10^8 views has none
+    # take the first of ten random boxes that fits into the image, as RandomResizedCrop does; 1 view in 10^8 has none
     area, aspect = (0.2 + 0.8 * area) * H * W, ((2 * aspect - 1) * math.log(4 / 3)).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()                    # (B, 10)
     first = ((w <= W) & (h <= H)).int().argmax(1, keepdim=True)
     w, h = w.gather(1, first).clamp(max=W), h.gather(1, first).clamp(max=H)                  # (B, 1)
     x0, y0 = (u[:, 0, 0, 0] * (W - w + 1)).floor(), (u[:, 1, 0, 0] * (H - h + 1)).floor()
 
-    # bilinear inside the box: pixel centers, clamped to those of the box, in grid_sample's [-1, 1]
+    # sample bilinearly inside the box: its pixel centers, clamped to the box, in grid_sample's [-1, 1] coordinates
     def coordinates(start, length, side):                                                    # (B, side)
         at = ((torch.arange(side, device=u.device) + 0.5) * length / side - 0.5).clamp(min=0)
         return (2 * (start + at.minimum(length - 1)) + 1) / side - 1
@@ -146,7 +151,7 @@ def simclr(images, u):
     grid = torch.stack([x[:, None].expand(B, H, W), y[:, :, None].expand(B, H, W)], dim=3)
     view = F.grid_sample(images.float(), grid, align_corners=False).round_()                 # (B, 3, H, W)
 
-    # brightness, contrast, saturation, hue
+    # jitter brightness, contrast, saturation and hue
     jittered = blend(view, view.new_zeros(()), 0.6 + 0.8 * u[:, 3])
     jittered = blend(jittered, gray(jittered).mean((2, 3), keepdim=True), 0.6 + 0.8 * u[:, 4])
     jittered = blend(jittered, gray(jittered), 0.6 + 0.8 * u[:, 5])
@@ -155,6 +160,6 @@ def simclr(images, u):
     return torch.where(u[:, 8] < 0.2, gray(view), view).byte()
 
 
-# name -> function, random numbers per view
+# name -> (function, random numbers per view)
 BATCHED = {"affine": (affine, 4), "cifar": (crop_flip, 3), "simclr": (simclr, 29)}
 AUGMENTATIONS = ("sup", "moco", "mocov2", "lt", *BATCHED)

@@ -1,9 +1,10 @@
 """
-What training, probing and evaluating must agree on: list files, images, samplers.
+The data code that all three stages share: list files, images and samplers.
 
-A data set is a folder and list files with one `relative/path label` per line. An image is decoded once for all of its
-views and stays uint8, a quarter of the bytes, until it is normalised on the device. Which images an epoch draws, and
-how each is augmented, depends only on the seed, the epoch and the place in the epoch, not on ranks or workers.
+A data set is a folder plus list files with one `relative/path label` per line. An image is decoded once for all of its
+views. It stays uint8, a quarter of float32's bytes, until it is normalised on the device. The images that an epoch
+draws, and how each is augmented, depend only on the seed, the epoch and the position in the epoch. The number of ranks
+and of data workers makes no difference.
 """
 import contextlib
 import functools
@@ -28,23 +29,24 @@ import ddp
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # deprecated since torchvision 0.29; PIL decodes the same pixels in twice the time
+except ImportError:  # torchvision 0.29 deprecates it; PIL decodes the same pixels but takes twice as long
     decode_jpeg = None
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# kind: the key into the scripts' tables of defaults. root: its folder. Images are resized to a shorter side of
-# `resize`, of which `pixels` are cropped. Lists: `train` for the representation; `full`, which is balanced; `val` for
-# model selection ("none" if there is none); `test` for the numbers that are reported.
+# kind: the key into each script's table of defaults. root: the default folder. resize, pixels: for evaluation an image
+# is resized to a shorter side of `resize`, and a centre square of `pixels` is cropped. The lists: `train` trains the
+# representation, `full` is the balanced training set, `val` selects models ("none" if there is none), and `test` gives
+# the numbers that are reported.
 LISTS = dict(train="train_lt.txt", full="train_full.txt", val="val.txt", test="test.txt")
 PHOTOS = dict(kind="photos", root=None, pixels=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, **LISTS)
 SMALL = dict(pixels=32, resize=32, **LISTS)
-CIFAR = SMALL | dict(kind="cifar", val="none")                            # the largest class trains on all its images
+CIFAR = SMALL | dict(kind="cifar", val="none")  # no val: the largest class of CIFAR-LT trains on all its images
 DATASETS = {
     "digits": SMALL | dict(kind="digits", root="data/digits", mean=(0.179,) * 3, std=(0.279,) * 3),
     "imagenet": PHOTOS | dict(
         train="ImageNet_LT_train.txt", val="ImageNet_LT_val.txt", test="ImageNet_LT_test.txt"),
-    # no balanced training set, and the official validation set is what is usually reported
+    # iNaturalist has no balanced training set, and results are usually reported on its official validation set
     "inat18": PHOTOS | dict(
         mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192),
         train="iNaturalist18_train.txt", full="none", val="none", test="iNaturalist18_val.txt"),
@@ -53,7 +55,7 @@ DATASETS = {
         root="data/cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
     "cifar100": CIFAR | dict(
         root="data/cifar100", mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
-    "folder": PHOTOS,  # any folder of class folders; if its images have at most 32 or 64 px:
+    "folder": PHOTOS,  # any folder of class folders; small and small64 are for images of at most 32 and 64 px
     "small": CIFAR | dict(root=None, val="val.txt", mean=IMAGENET_MEAN, std=IMAGENET_STD),
     "small64": CIFAR | dict(
         root=None, val="val.txt", pixels=64, resize=64, mean=IMAGENET_MEAN, std=IMAGENET_STD),
@@ -61,7 +63,7 @@ DATASETS = {
 
 
 def workers_per_rank():
-    """Data workers of a rank: the usable cores shared among this machine's ranks, 16 at most."""
+    """Data workers per rank: the cores that this process may use, divided by this machine's ranks, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
@@ -69,20 +71,20 @@ def workers_per_rank():
 # ---- list files
 
 def find_list(root, name):
-    """The path of the list file `name`, below root if it is there. Otherwise the name is taken as given."""
+    """The path of the list file `name`: root/name if that file exists, otherwise the name as given."""
     file = Path(root) / name
     return file if file.is_file() else Path(name)
 
 
 def read_list(root, name):
-    """Paths (str, below root) and labels (N,) int64 of a list file. The published lists have lines like
-    `train/n01440764/x.JPEG 0` or `/n01440764/x.JPEG 0`; the latter means root/train. An image gets one
-    path, however a list spells it, so that lists can be compared."""
+    """Paths (str, relative to root) and labels (N,) int64 of a list file. The published lists have lines like
+    `train/n01440764/x.JPEG 0` or `/n01440764/x.JPEG 0`; the latter means root/train. All spellings of a path
+    become the same one, so that lists can be compared."""
     file = find_list(root, name)
     if not file.is_file():
-        sys.exit(f"error: {name}: no such list file, neither in {root} nor here; "
+        sys.exit(f"error: {name}: no such list file, in {root} or in the working directory; "
                  "make_lt.py writes lists")
-    # utf-8-sig drops Windows' byte order mark; surrogateescape keeps names in another encoding
+    # utf-8-sig drops Windows' byte order mark; surrogateescape keeps file names in any other encoding
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     paths, labels = [], []
     for number, line in enumerate(text.split("\n"), 1):
@@ -103,26 +105,26 @@ def read_list(root, name):
 
 
 def sibling_list(root, list_name, name):
-    """The list `name` in the folder of list_name, if there is one: a half of the classes has its own lists. Otherwise
-    that of root, and never a stray one of the working directory."""
+    """The list `name` in the folder of list_name, if it exists there: each half of the classes has its own lists.
+    Otherwise the list in root, and never a stray one in the working directory."""
     if list_name and (find_list(root, list_name).parent / name).is_file():
         return (Path(list_name).parent / name).as_posix()
     if Path(name).is_file() and not (Path(root) / name).is_file():
-        return (Path(root) / name).as_posix()                             # which is missing, and will be named
+        return (Path(root) / name).as_posix()  # this file is missing, and the error will name it
     return name
 
 
 def refuse_overlap(root, train, unseen, purpose="validation"):
-    """Exit if an image of the list `unseen`, which chooses or is reported, is in the list `train`."""
+    """Exit if an image of the list `unseen`, which selects models or is tested on, is also in the list `train`."""
     shared = set(read_list(root, train)[0]) & set(read_list(root, unseen)[0])
     if shared:
-        sys.exit(f"error: {len(shared)} images of the {purpose} list {unseen} are in the training list "
-                 f"{train} too (first: {min(shared)}); take them out of one of the two")
+        sys.exit(f"error: {len(shared)} images of the {purpose} list {unseen} are also in the training list "
+                 f"{train} (first: {min(shared)}); remove them from one of the two")
 
 
 def class_names(root, name):
-    """{label: class folder} of a list. The class folders are the first level of folders that correspond one to one to
-    the labels, as in train/<class>/x.jpg. {} if no level does."""
+    """{label: class folder} of a list. The class folders are the first folder level whose names match the labels one to
+    one, as in train/<class>/x.jpg. Returns {} if no level does."""
     paths, labels = read_list(root, name)
     folders = [path.split("/")[:-1] for path in paths]
     for level in range(min(map(len, folders))):
@@ -133,19 +135,20 @@ def class_names(root, name):
 
 
 def refuse_other_classes(trained, root, name):
-    """Exit if a list numbers the classes differently than the training list, whose class_names are `trained`."""
+    """Exit if a list numbers the classes differently from the training list, whose class_names are `trained`."""
     names = class_names(root, name)
-    if set(names.values()).isdisjoint(trained.values()):  # no class folders, or named by another rule
+    if set(names.values()).isdisjoint(trained.values()):  # no class folders, or other names for them
         return
     for c in names.keys() & trained.keys():
         if names[c] != trained[c]:
             sys.exit(f"error: label {c} is class {names[c]} in {name}, but {trained[c]} in the "
-                     "training list; number the classes alike in both")
+                     "training list; number the classes in the same way in both")
 
 
 def small_dataset(root, paths):
-    """The entry of DATASETS for images of at most 64 px, or None. The median longer side of a hundred images counts."""
-    sides = []  # broken images are left out here and named when they are trained on
+    """The key into DATASETS for images of at most 32 or 64 px, None for larger ones. The median longer side of about a
+    hundred images decides."""
+    sides = []  # a broken image is skipped here; training stops at it and names it
     for path in paths[::max(1, len(paths) // 100)]:
         with contextlib.suppress(Exception), Image.open(Path(root, path)) as image:
             sides.append(max(image.size))
@@ -157,7 +160,7 @@ def small_dataset(root, paths):
 
 
 def groups(counts):
-    """Each class's group: many > 100, medium 20 to 100, few < 20 training images (Liu et al. 2019)."""
+    """The group of each class by its training images: many > 100, medium 20 to 100, few < 20 (Liu et al. 2019)."""
     names = []
     for n in counts:
         if n > 100:
@@ -172,15 +175,15 @@ def groups(counts):
 # ---- images
 
 def decode(content, upright=False):
-    """The bytes of an image file -> uint8 (3, H, W), the pixels of PIL's convert("RGB"). Alpha is dropped. The camera's
-    orientation (EXIF) is applied only if `upright`: the usual ImageNet numbers are without it."""
+    """Decode the bytes of an image file to uint8 (3, H, W), the pixels of PIL's convert("RGB"). Alpha is dropped. The
+    camera's orientation (EXIF) is applied only if `upright`, because the usual ImageNet numbers ignore it."""
     if decode_jpeg and content.startswith(b"\xff\xd8"):
         buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        with contextlib.suppress(RuntimeError):  # PIL can do without an end marker
+        with contextlib.suppress(RuntimeError):  # PIL also reads a file without its end marker
             return decode_jpeg(buffer, ImageReadMode.RGB, apply_exif_orientation=upright)
     image = Image.open(io.BytesIO(content))
     if image.mode.startswith(("I", "F")):
-        raise ValueError("it has more than 8 bits per channel, which would become white; convert it to 8 bits")
+        raise ValueError("it has more than 8 bits per channel and would turn white; convert it to 8 bits")
     if upright:
         image = ImageOps.exif_transpose(image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -189,20 +192,20 @@ def decode(content, upright=False):
 class ImageList(Dataset):
     """The images of a list file.
 
-    spec: an entry of DATASETS or a head.pt, for `pixels` and `resize`
+    spec: an entry of DATASETS or the content of a head.pt; its `pixels` and `resize` are used
     aug:  the name of an augmentation, or None for the center crop of evaluation
 
-    dataset[index, seed] is (views, label, index), views a list of num_views uint8 (3, pixels, pixels). For the center
-    crop dataset[index] is enough.
+    dataset[index, seed] is (views, label, index), where views is a list of num_views tensors uint8 (3, pixels, pixels).
+    The center crop needs no seed: dataset[index].
     """
 
     def __init__(self, root, name, spec, aug=None, num_views=1):
         self.root, self.name, self.aug, self.num_views = Path(root), name, aug, num_views
         self.paths, self.labels = read_list(root, name)
         if not self.root.joinpath(self.paths[0]).is_file():
-            sys.exit(f"error: {self.root / self.paths[0]}, the first image of {name}, is missing; --data names "
+            sys.exit(f"error: {self.root / self.paths[0]}, the first image of {name}, is missing; --data must be "
                      "the folder that the paths start from")
-        if aug is None or aug in augment.BATCHED:                         # InMemory augments the latter
+        if aug is None or aug in augment.BATCHED:  # InMemory augments whole batches later
             self.transform = center(spec["pixels"], spec["resize"])
         else:
             self.transform = augment.augmentation(aug, spec["pixels"])
@@ -211,17 +214,17 @@ class ImageList(Dataset):
         return len(self.paths)
 
     def image(self, index):
-        """Decoded: uint8 (3, H, W). Raises RuntimeError with the file's name."""
+        """Decode an image to uint8 (3, H, W). Any failure becomes a RuntimeError that names the file."""
         file = self.root / self.paths[index]
         try:
             return decode(file.read_bytes())
-        except Exception as error:  # PIL has half a dozen kinds
+        except Exception as error:  # PIL raises half a dozen kinds
             raise RuntimeError(f"{file} of {self.name} is missing or does not decode: {error}") from None
 
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, 0)
         image = self.image(index)
-        state = torch.get_rng_state()                                     # without workers, the training's own
+        state = torch.get_rng_state()  # without workers this is the training loop's own random stream
         torch.default_generator.manual_seed(seed)
         views = [self.transform(image) for _ in range(self.num_views)]
         torch.set_rng_state(state)
@@ -229,7 +232,7 @@ class ImageList(Dataset):
 
 
 def center(pixels, resize):
-    """The transform of evaluation, uint8 (3, H, W) -> uint8 (3, pixels, pixels)."""
+    """The transform for evaluation: uint8 (3, H, W) -> uint8 (3, pixels, pixels)."""
     return T.Compose([T.Resize(resize), T.CenterCrop(pixels)])
 
 
@@ -249,18 +252,18 @@ def normalize(images, mean, std, device):
 # ---- which images, in which order
 
 class Draws(Sampler):
-    """Which images an epoch draws: N // batch global batches of indices, each index with the random numbers of its
-    augmentation.
+    """Which images an epoch draws: N // batch global batches of indices. Each index comes with the random numbers for
+    its augmentation.
 
-    p_c, the chance of class c (Kang et al. 2020, sec. 3), with t = epoch / epochs:
+    p_c is the probability of class c (Kang et al. 2020, sec. 3), with t = epoch / epochs:
         instance     n_c / N, every image once
         class        1 / C
         sqrt         sqrt(n_c) / sum sqrt(n)
         progressive  (1 - t) n_c / N + t / C
         reversed     (1 / n_c) / sum 1 / n
         bilateral    a batch of `instance`, then one of `reversed`: BBN's two streams (Zhou et al. 2020, sec. 4.2)
-    All but `instance` draw with replacement, uniformly inside the class. Every rank computes the same epoch and keeps
-    every world-th draw. The last, short batch is left out, so that BatchNorm and the ranks only see full ones.
+    All but `instance` draw with replacement, uniformly within the class. Every rank computes the same epoch and keeps
+    every world-th draw. A short last batch is dropped, so that BatchNorm and the ranks only see full batches.
     """
 
     def __init__(self, labels, kind, batch, epochs=1, seed=0):
@@ -271,19 +274,19 @@ class Draws(Sampler):
             sys.exit(f"error: the training list has {len(labels)} images, fewer than --batch {batch}; "
                      f"use --batch {2 ** int(math.log2(len(labels)))} or smaller")
         if batch % ddp.world():
-            sys.exit(f"error: --batch {batch} must divide by the number of ranks, {ddp.world()}")
+            sys.exit(f"error: --batch {batch} must be divisible by the number of ranks, {ddp.world()}")
         if not self.counts.all():
             empty = int(self.counts.argmin())
-            why = ": do the labels begin at 1?" if empty == 0 else ""
+            why = " (do the labels begin at 1?)" if empty == 0 else ""
             sys.exit(f"error: class {empty} has no image in the training list{why}; number the classes "
-                     "from 0 without a gap, and pass that list as --list")
+                     "from 0 without gaps, and pass that list as --list")
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def class_probabilities(self, kind):
         """p_c of this epoch, (C,) float64."""
-        n, t = self.counts.double(), max(self.epoch, 0) / self.epochs     # below 0 the queue is filled
+        n, t = self.counts.double(), max(self.epoch, 0) / self.epochs     # epochs below 0 fill the queue
         instance, balanced = n / n.sum(), torch.full_like(n, 1 / len(n))
         return {
             "class": balanced,
@@ -293,13 +296,13 @@ class Draws(Sampler):
         }[kind]
 
     def stream(self, kind, numbers):
-        """The epoch's draws of all ranks, (N, 1 + numbers) int64: an index, and random numbers of 32 bits."""
+        """The epoch's draws of all ranks, (N, 1 + numbers) int64: each row has an index and random 32-bit numbers."""
         seed = self.seed + (kind == "reversed")  # the two streams of `bilateral` share no random number
         g = torch.Generator().manual_seed(seed * 1_000_003 + self.epoch)
         N = len(self.labels)
         if kind == "instance":
             index = torch.randperm(N, generator=g)
-        else:  # a class, then one of its images: in the order by class, class c begins at start[c]
+        else:  # draw a class, then one of its images; if images are sorted by class, class c begins at start[c]
             c = torch.multinomial(self.class_probabilities(kind), N, replacement=True, generator=g)
             start = self.counts.cumsum(0) - self.counts
             within = (torch.rand(N, generator=g, dtype=torch.float64) * self.counts[c]).long()
@@ -309,7 +312,7 @@ class Draws(Sampler):
 
     @property
     def per_rank(self):
-        """Images that this rank encodes in a step."""
+        """Images that this rank encodes per step."""
         return self.batch // ddp.world() * (2 if self.kind == "bilateral" else 1)
 
     def __len__(self):
@@ -333,7 +336,7 @@ class Draws(Sampler):
 # ---- batches
 
 class InMemory:
-    """The batches of train_loader, of a set that lies in the device's memory as uint8 and is augmented there."""
+    """train_loader's batches for a data set that is kept in the device's memory as uint8 and augmented there."""
 
     def __init__(self, dataset, draws, device):
         self.draws, self.num_views, self.device = draws, dataset.num_views, device
@@ -349,16 +352,16 @@ class InMemory:
         n, b = self.numbers * self.num_views, self.draws.per_rank
         epoch = self.draws.of_this_rank(n).to(self.device)
         index = epoch[:, 0]
-        uniform = (epoch[:, 1:] >> 8) / 2**24                             # 32 bits would round to 1.0 in float32
+        uniform = (epoch[:, 1:] >> 8) / 2**24  # 24 bits: with 32, float32 could round a number up to 1.0
         for i, u in zip(index.split(b), uniform.split(b)):
             images = self.images[i]
-            with torch.autocast(self.device.type, enabled=False):         # its bf16 would move pixels
+            with torch.autocast(self.device.type, enabled=False):  # bf16 coordinates would move pixels
                 views = [self.augment(images, v) for v in u.split(self.numbers, dim=1)]
             yield views, self.labels[i], i
 
 
 def collate(samples):
-    """default_collate with the views channels last, as they come from the decoder and as convolutions want them."""
+    """default_collate, but it keeps the views channels last, as the decoder returns them and convolutions want them."""
     flat = []
     for views, label, i in samples:
         flat.append((*(view.permute(1, 2, 0) for view in views), label, i))
@@ -367,17 +370,17 @@ def collate(samples):
 
 
 def train_loader(dataset, draws, workers, device):
-    """Batches of this rank's share: ([uint8 (b, 3, H, W)] * views, labels (b,), indices (b,))."""
+    """This rank's batches: ([uint8 (b, 3, H, W)] * num_views, labels (b,), indices (b,))."""
     if dataset.aug in augment.BATCHED:
         return InMemory(dataset, draws, device)
-    # with a generator of its own the loader draws nothing from the run's stream
+    # with its own generator the loader draws nothing from the run's random stream
     return DataLoader(dataset, draws.per_rank, sampler=draws, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
                       generator=torch.Generator())
 
 
 def eval_loader(dataset, batch, workers):
-    """Every image exactly once over all ranks, nothing padded: rank r holds images r, r + world, ..."""
+    """Every image exactly once over all ranks, without padding: rank r gets images r, r + world, ..."""
     share = range(ddp.rank(), len(dataset), ddp.world())
     return DataLoader(dataset, batch, sampler=share, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available())
@@ -385,15 +388,15 @@ def eval_loader(dataset, batch, workers):
 
 @torch.no_grad()
 def encode_all(encode, dataset, D, batch, workers, device):
-    """Features (N, D) of all images of a list. Each rank encodes its share and holds all rows: 115,846 x 2048 x 4 B =
-    0.95 GB for ImageNet-LT with a ResNet-50."""
+    """Features (N, D) of all images of a list. Each rank encodes its share, but holds all rows: for ImageNet-LT with a
+    ResNet-50 they take 115,846 x 2048 x 4 B = 0.95 GB."""
     digest = hashlib.sha256("\n".join(dataset.paths).encode("utf-8", "surrogateescape")).digest()
     if any(other != digest for other in ddp.of_all_ranks(digest)):
-        sys.exit(f"error: {dataset.name} of another rank differs; every machine needs the same")
+        sys.exit(f"error: {dataset.name} differs on another rank; every machine needs the same list")
     features = torch.zeros(len(dataset), D, device=device)
     bar = tqdm(eval_loader(dataset, batch, workers), f"features of {dataset.name}", leave=False,
                disable=ddp.rank() > 0 or None)
     for (view,), _, index in bar:
         features[index.to(device, non_blocking=True)] = encode(view)
-    dist.all_reduce(features)                                             # a sum: other ranks have 0 in these rows
+    dist.all_reduce(features)  # the sum is right because every other rank has 0 in these rows
     return features

@@ -1,8 +1,8 @@
 """
 Where images come from: the embedded digits, CIFAR, iNaturalist 2018, and folders of class folders.
 
-make_lt.py makes long-tailed lists from them. A split is a list of C lists: the paths of each class,
-relative to the data folder.
+make_lt.py turns them into long-tailed lists. A split is a list of C lists, the paths of each class relative to the data
+folder.
 """
 import json
 import os
@@ -18,8 +18,8 @@ from tqdm import tqdm
 from data import read_list
 
 EMBEDDED = Path(__file__).parent / "embedded" / "mnist_5k.npz"
-PER_CLASS = {"train": 350, "val": 50, "test": 100}  # digits; no digit is in two splits
-COMPOSITIONS = {"train": 1, "val": 4, "test": 4}    # images of each digit, with other places, clutter and noise
+PER_CLASS = {"train": 350, "val": 50, "test": 100}  # digits per class; no digit is in two splits
+COMPOSITIONS = {"train": 1, "val": 4, "test": 4}    # images per digit; position, clutter and noise vary
 HOLDOUT = 20                                        # validation images per class of a data set that has none
 IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 PUBLISHED = {"train_lt": "ImageNet_LT_train", "val": "ImageNet_LT_val", "test": "ImageNet_LT_test"}
@@ -36,8 +36,8 @@ def expect(path, what):
 def clutter(digits, i, rng):
     """Digit i of `digits` (n, 22, 22) in clutter, uint8 (32, 32). Clean digits are too easy for a long tail to hurt.
 
-    The digit is at a random place. Five 7 x 7 fragments of other digits cover it wherever they are brighter. Gaussian
-    noise with a std of 0.15 is added.
+    The digit lies at a random position. Five 7 x 7 fragments of other digits replace its pixels wherever they are
+    brighter. Then Gaussian noise with a std of 0.15 is added.
     """
     canvas = np.zeros((32, 32), np.uint8)
     y, x = rng.randint(0, 32 - 22 + 1, 2)
@@ -55,7 +55,7 @@ def clutter(digits, i, rng):
 
 
 def split_digits(labels, rng):
-    """{split: indices (10 * PER_CLASS[split],) of its digits, class by class}, drawn from labels (n,)."""
+    """Draw each split's digits. Returns {split: indices (10 * PER_CLASS[split],) into labels (n,), class by class}."""
     by_class = [rng.permutation(np.flatnonzero(labels == c)) for c in range(10)]
     splits, start = {}, 0
     for split, n in PER_CLASS.items():
@@ -65,7 +65,7 @@ def split_digits(labels, rng):
 
 
 def compose(root, rng):
-    """Write root/<split>/<class>/<number>.png; returns {"train", "val", "test": split}."""
+    """Write the images as root/<split>/<class>/<number>.png. Returns {"train", "val", "test": split}."""
     embedded = np.load(EMBEDDED)
     chosen = split_digits(embedded["labels"], rng)
     splits = {}
@@ -86,19 +86,19 @@ def compose(root, rng):
 # ---- CIFAR and iNaturalist
 
 def unpack_cifar(root, dataset):
-    """Write torchvision's CIFAR as root/{train,test}/<class>/<number>.png; download it if needed. Folders that are
-    there already must have its sizes."""
+    """Write torchvision's CIFAR as root/{train,test}/<class>/<number>.png, after downloading it if necessary. Folders
+    that exist already must have CIFAR's class sizes."""
     kind, C = (CIFAR10, 10) if dataset == "cifar10" else (CIFAR100, 100)
     for part, total in (("train", 50_000), ("test", 10_000)):
         if (root / part).is_dir():
             if [len(paths) for paths in scan(root, part)[1]] != [total // C] * C:
-                sys.exit(f"error: {root / part} has not {C} classes of {total // C} images, as {dataset} "
+                sys.exit(f"error: {root / part} does not have the {C} classes of {total // C} images that {dataset} "
                          "has; pass another --data, or --dataset folder")
             continue
         try:
             images = kind(root, train=part == "train", download=True)
         except (OSError, RuntimeError) as error:
-            sys.exit(f"error: no download of {dataset} ({error}); put {kind.filename} of www.cs."
+            sys.exit(f"error: {dataset} could not be downloaded ({error}); put {kind.filename} from www.cs."
                      f"toronto.edu/~kriz/cifar.html, or class folders of its images, into {root}")
         with tempfile.TemporaryDirectory(dir=root) as tmp:  # renamed when it is complete
             for i, (image, label) in enumerate(tqdm(images, desc=f"{dataset} {part}", leave=False)):
@@ -109,7 +109,7 @@ def unpack_cifar(root, dataset):
 
 
 def inaturalist(root):
-    """{list name: [(path, label)]} from the official json files, line by line as Kang et al. 2020 have it."""
+    """{list name: [(path, label)]} from the official json files, in the same order as the lists of Kang et al. 2020."""
     expect(root / "train_val2018", "the folder of the images")
     lists = {}
     for part in ("train", "val"):
@@ -125,8 +125,8 @@ def inaturalist(root):
 # ---- lists and class folders
 
 def read_split(root, name, there):
-    """A list file as a split of the classes of `there`, the split of the images that it may name. An image that is
-    listed twice counts once."""
+    """Read a list file as a split. `there` is the split of all images that the list may name. An image that is listed
+    twice counts once."""
     class_of = {path: c for c, paths in enumerate(there) for path in paths}
     split, strangers = [[] for _ in there], []
     paths, labels = read_list(root, name)
@@ -136,8 +136,8 @@ def read_split(root, name, there):
         else:
             strangers.append(f"{path} {c}")
     if strangers:
-        sys.exit(f"error: {name} names {len(strangers)} images that are not there, are held out or "
-                 f"have another label (first: {strangers[0]}); a label is the position of its class "
+        sys.exit(f"error: {name} names {len(strangers)} images that do not exist, are held out or "
+                 f"have a different label (first: {strangers[0]}); a label is the position of its class "
                  "folder in sorted order")
     return split
 
@@ -148,7 +148,7 @@ def without(split, *others):
 
 
 def scan(root, folder):
-    """Class names and split of root/folder/<class>/, both sorted. A folder without images is not a class."""
+    """Class names and split of the folders root/folder/<class>/, sorted. A folder without images is not a class."""
     expect(root / folder, "the folder of <class>/<image>")
     split, left_out = {}, []
     walk = os.walk(root / folder, followlinks=True)
@@ -167,19 +167,19 @@ def scan(root, folder):
                 left_out.append(path)
 
     if left_out:
-        print(f"{len(left_out)} files of {root / folder} are in no class folder or are no images by "
-              f"their ending (first: {min(left_out)})")
+        print(f"ignored {len(left_out)} files in {root / folder} that are in no class folder or do not have "
+              f"the ending of an image (first: {min(left_out)})")
     if len(split) < 2:
         sys.exit(f"error: {root / folder} contains fewer than two <class>/ folders of images; "
-                 f"the name of an image ends in {' '.join(IMAGES)}")
+                 f"an image's name must end in {' '.join(IMAGES)}")
     names = sorted(split)
     return names, [sorted(split[name]) for name in names]
 
 
 def hold_out(full, n, seed, part):
-    """The split of n random images of each class. n None means HOLDOUT, but at most a fifth of the class."""
+    """The split of n random images per class. n=None means HOLDOUT, but at most a fifth of the class."""
     if n is None:
-        print(f"{HOLDOUT} images per class, or a fifth but at least one, are held out for {part}.txt; "
+        print(f"{HOLDOUT} images per class, but at most a fifth and at least one, are held out for {part}.txt; "
               "--holdout 0 keeps them")
     rng = np.random.RandomState(seed)
     held = []
@@ -193,8 +193,8 @@ def hold_out(full, n, seed, part):
 
 
 def class_folders(root, dataset, holdout, seed):
-    """Class names and the splits full, val and test, for the layouts in make_lt.py's docstring. What is in val or test
-    is not in full, so that nobody trains on it. holdout: images per class for val; None is hold_out()'s default."""
+    """Class names and the splits full, val and test, for the layouts in make_lt.py's docstring. Images of val and test
+    are not in full, so nobody trains on them. holdout: images per class for val; None means hold_out()'s default."""
     folder = "train"
     if dataset == "folder" and not (root / "train").is_dir():
         folder = ""
@@ -204,23 +204,23 @@ def class_folders(root, dataset, holdout, seed):
     if dataset == "imagenet":
         for name in PUBLISHED.values():
             expect(root / f"{name}.txt",
-                   "a published list; --dataset folder --long-tail imagenet-lt needs none")
+                   "a published list; --dataset folder --long-tail imagenet-lt works without it")
         there = [a + b for a, b in zip(full, scan(root, "val")[1])]
         val = read_split(root, f"{PUBLISHED['val']}.txt", there)
         test = read_split(root, f"{PUBLISHED['test']}.txt", there)
         return names, without(full, val, test), val, test
 
-    # the others have folders; other classes than in train/ would shift the labels
+    # the other data sets have folders; classes that differ from train/'s would shift the labels
     found = {}
     for part in ("val", "test"):
         if (root / part).is_dir():
             part_names, found[part] = scan(root, part)
             if part_names != names:
                 different = min(set(part_names) ^ set(names))
-                sys.exit(f"error: {root / part} has other classes than the training images: "
-                         f"{different} is in one of them only")
+                sys.exit(f"error: {root / part} has different classes from the training images: "
+                         f"{different} is in only one of them")
 
-    # a single folder is the test set; without any, the test images are taken from the training images
+    # if there is one folder, it is the test set; if there is none, the test images come from the training images
     if not found and dataset != "folder":
         expect(root / "val", "the folder of <class>/<image> that becomes the test list")
     if not found:
@@ -238,8 +238,8 @@ FIRST_SCENE = {"train": 0, "test": 2_000_000}  # indices are seeds, so the split
 
 
 def digit_images(split):
-    """Images uint8 (n, 28, 28) and labels (n,) of the digits that make_lt.py gives to a split with its default seed. A
-    backbone that was trained on data/digits has seen no digit of a test scene."""
+    """Images uint8 (n, 28, 28) and labels (n,) of the digits that make_lt.py's default seed puts into a split. So a
+    backbone that was trained on data/digits has never seen a digit of a test scene."""
     embedded = np.load(EMBEDDED)
     rng = np.random.RandomState(0)
     rng.permutation(10)  # make_lt.py draws the order of the classes first
@@ -248,7 +248,7 @@ def digit_images(split):
 
 
 def scene(digits, labels, index):
-    """1 to 5 digits of 24 to 48 px that do not touch, on a smooth background with noise. The seed is `index`.
+    """1 to 5 digits of 24 to 48 px that do not overlap, on a smooth background with noise. The seed is `index`.
 
     Returns pixels uint8 (SIDE, SIDE) and a list of (class, mask bool (SIDE, SIDE)).
     """

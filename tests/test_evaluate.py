@@ -247,7 +247,7 @@ def test_a_folder_is_its_head_and_tau_norm_needs_a_joint_head(script, heads, cap
 @pytest.mark.parametrize("flags, sentence", [
     (("--list", "overlap_source/test.txt"), "overlap_source/test.txt must hold all 10 classes of"),
     (("--groups", "overlap_source/train_lt.txt"), "has 10 classes, overlap_source/train_lt.txt has 5; pass the training list"),
-    (("--tau-norm", "--val", "train_lt0.txt"), "are in the training list"),
+    (("--tau-norm", "--val", "train_lt0.txt"), "are also in the training list"),
     (("--names", "A", "B"), "--names has 2 name(s), but the table has 1 row(s); "),
     (("--tau-norm", "--names", "A"), "--names has 1 name(s), but the table has 2 row(s); --tau-norm adds one per joint CE head"),
     (("--tau-norm", "--ncm", "--names", "A", "B"), "--names has 2 name(s), but the table has 3 row(s); "),
@@ -340,7 +340,7 @@ def test_a_default_test_list_must_not_have_been_trained_on(script, heads, digits
     head |= {name: str(tmp_path / "lt.txt") for name in ("list", "counts_of")}
     head["list_sha256"] = checkpoint.sha256(tmp_path / "lt.txt")
     torch.save(head, tmp_path / "head.pt")
-    with pytest.raises(SystemExit, match="error: 1 images of the test list .*test.txt are in the training list"):
+    with pytest.raises(SystemExit, match="error: 1 images of the test list .*test.txt are also in the training list"):
         script(evaluate, tmp_path / "head.pt")
     script(evaluate, tmp_path / "head.pt", "--list", tmp_path / "test.txt")
 

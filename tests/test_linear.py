@@ -365,7 +365,7 @@ def test_groups_are_made_by_what_the_backbone_has_seen(script, digits, run, tmp_
 
 @pytest.mark.parametrize("args, sentence", [
     (("--val", "none", "--weight-decay", 0, 1e-4), "several classifiers need a --val list that chooses one"),
-    (("--val", "train_lt0.txt"), "are in the training list"),
+    (("--val", "train_lt0.txt"), "are also in the training list"),
     (("--list", "overlap_source/train_lt.txt", "--val", "val.txt"), "label 2 is class 2 in val.txt, but 4 in the training list"),
     (("--lr", 1e38), "the classifier is not finite with lr 1e+38; try a smaller --lr")])
 def test_bad_input_is_one_sentence(linear, args, sentence):
@@ -420,7 +420,7 @@ def test_the_list_of_the_backbone_is_the_one_it_was_trained_on(script, digits, r
     with pytest.raises(SystemExit, match="no log.jsonl next to .*; pass --arch and --dataset and --data"):
         script(train_linear, tmp_path / "backbone.pt")
     seen = (digits / "train_lt.txt").read_text() + (digits / "val.txt").read_text()
-    for text, sentence in (("", "train_lt.txt has changed since the training"), (seen, "are in the training list")):
+    for text, sentence in (("", "train_lt.txt has changed since the training"), (seen, "are also in the training list")):
         (tmp_path / "lt.txt").write_text(seen)
         settings = dict(arch="resnet8s", dataset="digits", data=str(digits), loss="ce",
                         list=str(tmp_path / "lt.txt") if text else "train_lt.txt",

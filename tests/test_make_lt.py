@@ -228,7 +228,7 @@ def test_hidden_files_and_subfolders(script, tmp_path, capsys):
     capsys.readouterr()
     script(make_lt, *OWN, root, "--holdout", 2, "--out", tmp_path / "lists")
     out = capsys.readouterr().out
-    assert (f"3 files of {root}/train are in no class folder or are no images by their ending "
+    assert (f"ignored 3 files in {root}/train that are in no class folder or do not have the ending of an image "
             "(first: train/class1/a.npy)") in out
     plain, split = ({c: {path for name in ("train_full", "val") for path in split_of(tmp_path / out / f"{name}.txt")[c]}
                      for c in (0, 1)} for out in ("plain", "lists"))
@@ -261,7 +261,7 @@ def test_imagenet_lt_without_one_of_its_files(script, imagenet, tmp_path, part, 
     lines = (imagenet / f"ImageNet_LT_{part}.txt").read_text().splitlines()
     gone = next(line.split()[0] for line in lines if line.startswith(file))
     (imagenet / gone).unlink()
-    with pytest.raises(SystemExit, match=f"^error: ImageNet_LT_{part}.txt names 1 images that are not there, .*first: {gone} \\d.;"):
+    with pytest.raises(SystemExit, match=f"^error: ImageNet_LT_{part}.txt names 1 images that do not exist, .*first: {gone} \\d.;"):
         script(make_lt, "--dataset", "imagenet", "--data", imagenet, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -276,7 +276,7 @@ def test_file_names_in_another_encoding(script, tmp_path, capsys):
     paths, labels = data.read_list(root, "train_full.txt")
     assert all((root / path).is_file() for path in paths) and labels.bincount().tolist() == [3, 30]
     assert f"train/class0/{name}.jpg" in paths and data.class_names(root, "train_full.txt") == {0: name, 1: "class0"}
-    assert "left out: train_lt0.txt: class M\\udcfcller has 3 images, 17 wanted" in capsys.readouterr().out
+    assert "left out: train_lt0.txt, because class M\\udcfcller has 3 images and would need 17" in capsys.readouterr().out
 
 
 def test_a_list_is_written_whole_or_not_at_all(script, tmp_path, monkeypatch):
@@ -310,18 +310,18 @@ def test_what_is_said_to_fit_makes_every_list(script, tmp_path, capsys, imbalanc
 
 
 @pytest.mark.parametrize("sizes, n_max, imbalance, said, fits", [
-    ([40, 14, 9], 30, 9, {"lt0": "class2 has 6 images, 14 wanted", "lt6": "class1 has 11 images, 13 wanted"}, 14),
-    ([400, 70, 33], 200, 10, {"lt0": "class2 has 30 images, 94 wanted"}, 65)])
+    ([40, 14, 9], 30, 9, {"lt0": "class2 has 6 images and would need 14", "lt6": "class1 has 11 images and would need 13"}, 14),
+    ([400, 70, 33], 200, 10, {"lt0": "class2 has 30 images and would need 94"}, 65)])
 def test_what_would_fit_is_said_and_fits(script, tmp_path, capsys, sizes, n_max, imbalance, said, fits):
     root = folder(tmp_path / "X", train=sizes, test=[2] * 3)
     run = (make_lt, *OWN, root, *f"--holdout 3 --long-tail exponential --imbalance {imbalance}".split())
     script(*run, "--n-max", n_max, "--out", tmp_path / "out")
     out = capsys.readouterr().out
     smallest = n_max // imbalance
-    assert (f"largest class of the long tail has {n_max} images, the smallest {smallest}, an imbalance of "
+    assert (f"largest class of the long tail has {n_max} images and the smallest {smallest}, an imbalance of "
             f"{n_max / smallest:.1f}; with --n-max {fits} the whole alpha family fits") in out
     for name, sentence in said.items():
-        assert f"left out: train_{name}.txt: class {sentence}" in out
+        assert f"left out: train_{name}.txt, because class {sentence}" in out
         assert not (tmp_path / f"out/train_{name}.txt").exists()
     for n_max in (fits, fits + 1):
         script(*run, "--n-max", n_max, "--out", tmp_path / str(n_max))
@@ -329,7 +329,7 @@ def test_what_would_fit_is_said_and_fits(script, tmp_path, capsys, sizes, n_max,
 
 
 def test_what_is_held_out_is_said_where_nobody_asked_for_it(script, tmp_path, capsys):
-    root, held = folder(tmp_path, train=[30, 200]), "20 images per class, or a fifth but at least one, are held out for val.txt; --holdout 0"
+    root, held = folder(tmp_path, train=[30, 200]), "20 images per class, but at most a fifth and at least one, are held out for val.txt; --holdout 0"
     script(make_lt, *OWN, root)
     out = capsys.readouterr().out
     assert held in out and held.replace("val", "test") in out
@@ -367,7 +367,7 @@ def test_class_sizes_from_a_file_and_from_a_list(script, tmp_path):
     assert sizes_of(tmp_path / "a/train_lt.txt") == [3, 20, 7]
     script(*run, tmp_path / "a/train_lt.txt", "--out", tmp_path / "b")  # a list: its own images
     assert split_of(tmp_path / "b/train_lt.txt") == split_of(tmp_path / "a/train_lt.txt")
-    with pytest.raises(SystemExit, match="--long-tail imagenet-lt has 1000 classes, the training images have 3"):
+    with pytest.raises(SystemExit, match="--long-tail imagenet-lt has 1000 classes, but the training images have 3"):
         script(*run, "imagenet-lt")
 
 
@@ -399,8 +399,8 @@ def test_cifar10_from_its_pickles(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, sizes, sentence", [
-    ("jpg", [4999] + [5000] * 9, "/train has not 10 classes of 5000 images, as cifar10 has; pass another --data"),
-    ("ppm", [3, 400], "has not 10 classes"), ("", [], "no download of cifar10 .*; put cifar-10-python.tar.gz of www.cs.*, or class folders")])
+    ("jpg", [4999] + [5000] * 9, "/train does not have the 10 classes of 5000 images that cifar10 has; pass another --data"),
+    ("ppm", [3, 400], "does not have the 10 classes"), ("", [], "cifar10 could not be downloaded .*; put cifar-10-python.tar.gz from www.cs.*, or class folders")])
 def test_what_is_not_cifar10(script, tmp_path, monkeypatch, kind, sizes, sentence):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
@@ -429,19 +429,19 @@ BACKWARDS = "".join(f"train/class{2 - c}/train_000.JPEG {c}\n" for c in range(3)
 
 
 @pytest.mark.parametrize("file, text, args, sentence", [
-    ("train_lt.txt", "x 0", "", "X/train_lt.txt exists with other content; pass --overwrite, or another --out"),
-    ("val/class9/a.png", "", "", "X/val has other classes than the training images: class9 is in one of them only"),
+    ("train_lt.txt", "x 0", "", "X/train_lt.txt exists with different content; pass --overwrite or another --out"),
+    ("val/class9/a.png", "", "", "X/val has different classes from the training images: class9 is in only one of them"),
     ("lt.txt", EVERY, "--long-tail lt.txt", "lt.txt names 18 images that .* are held out .* .first: train/class0/"),
-    ("lt.txt", BACKWARDS, "--holdout 0 --long-tail lt.txt", "lt.txt names 2 images that are not there, are held out or have another label .first: train/class2/train_000.JPEG 0."),
-    ("lt.txt", BACKWARDS.replace("JPEG", "jpeg"), "--holdout 0 --long-tail lt.txt", "lt.txt names 3 images that are not there, .* .first: train/class2/"),
-    ("lt.txt", EVERY + "val/class0/9.JPEG 0", "--holdout 0 --long-tail lt.txt", "lt.txt names 1 images that are not there, .*: val/class0/9.JPEG 0"),
-    ("lt.txt", EVERY.replace("_007.JPEG 1", "_007.JPEG 2"), "--holdout 0 --long-tail lt.txt", "lt.txt names 1 images .* have another label .first: train/class1/train_007.JPEG 2"),
-    ("sizes.txt", "3 4", "--long-tail X/sizes.txt", "sizes.txt has 2 classes, the training images have 3"),
-    ("", "", "--long-tail exponential --n-max 60", "train_lt needs 60 images of class 0 .class0., which has 24 to train on; pass a smaller --n-max or"),
-    ("", "", "--holdout 30", "train_full needs 0 images of class 0 .class0., which has 0 to train on; pass a smaller .* or --holdout"),
+    ("lt.txt", BACKWARDS, "--holdout 0 --long-tail lt.txt", "lt.txt names 2 images that do not exist, are held out or have a different label .first: train/class2/train_000.JPEG 0."),
+    ("lt.txt", BACKWARDS.replace("JPEG", "jpeg"), "--holdout 0 --long-tail lt.txt", "lt.txt names 3 images that do not exist, .* .first: train/class2/"),
+    ("lt.txt", EVERY + "val/class0/9.JPEG 0", "--holdout 0 --long-tail lt.txt", "lt.txt names 1 images that do not exist, .*: val/class0/9.JPEG 0"),
+    ("lt.txt", EVERY.replace("_007.JPEG 1", "_007.JPEG 2"), "--holdout 0 --long-tail lt.txt", "lt.txt names 1 images .* have a different label .first: train/class1/train_007.JPEG 2"),
+    ("sizes.txt", "3 4", "--long-tail X/sizes.txt", "sizes.txt has 2 classes, but the training images have 3"),
+    ("", "", "--long-tail exponential --n-max 60", "train_lt needs 60 images of class 0 .class0., which has 24 for training; pass a smaller --n-max or"),
+    ("", "", "--holdout 30", "train_full needs 0 images of class 0 .class0., which has 0 for training; pass a smaller .* or --holdout"),
     ("", "", "--long-tail exponential --imbalance 1000", "train_lt0 needs 0 images of class 0 .*; pass a smaller --imbalance or"),
     ("", "", "--data nowhere", "nowhere is missing: .*; `python make_lt.py --help` shows the layouts"),
-    ("", "", "--data .", ". contains fewer than two <class>/ folders of images; the name of an image ends in .jpg"),
+    ("", "", "--data .", ". contains fewer than two <class>/ folders of images; an image's name must end in .jpg"),
     ("", "", "--dataset imagenet", "ImageNet_LT_train.txt is missing: a published list; --dataset folder --long-tail"),
     ("", "", "--dataset inat18", "X/train_val2018 is missing: the folder of the images"),
     ("", "", "--dataset inat18 --long-tail exponential", "inat18 has its own long tail"),

@@ -532,7 +532,7 @@ def test_a_folder_of_small_images_keeps_its_size_in_every_stage(script, tmp_path
         assert row["images"] == len((root / "test.txt").read_text().splitlines())
 
 
-@pytest.mark.parametrize("first, sentence", [(1, "class 0 has no image in the training list: do the labels begin at 1?; number the classes"),
+@pytest.mark.parametrize("first, sentence", [(1, "class 0 has no image in the training list (do the labels begin at 1?); number the classes"),
                                              (0, "class 3 has no image in the training list; number the classes from 0")])
 def test_a_list_with_an_empty_class_ends_stage_1_at_once(small, script, tmp_path, first, sentence):
     """Stage 2 could not use the backbone of such a list."""
@@ -628,7 +628,7 @@ MISTAKES = [
     ("--loss supcon --virtual-gpus 2", "--loss supcon needs it whole"),
     ("--dataset imagenet", "--dataset imagenet needs --data"),
     ("--loss ce --list nowhere.txt --data {digits}", "nowhere.txt: no such list file"),
-    ("--loss ce --list val.txt --data {digits}", "images of the validation list val.txt are in the training list"),
+    ("--loss ce --list val.txt --data {digits}", "images of the validation list val.txt are also in the training list"),
     ("--loss ce --batch 400", "the training list has 31 images, fewer than --batch 400"),
 ]
 
@@ -663,7 +663,7 @@ def test_val_image_beside_a_list_elsewhere(small, script, tmp_path):
     lines = small[3].read_text()
     (tmp_path / "train_lt.txt").write_text(lines)
     (tmp_path / "val.txt").write_text(lines.splitlines()[0] + "\n")
-    with pytest.raises(SystemExit, match="error: 1 images of the validation list .*val.txt are in the training list"):
+    with pytest.raises(SystemExit, match="error: 1 images of the validation list .*val.txt are also in the training list"):
         script(train_rep, *SETTINGS, *small[:2], "--list", tmp_path / "train_lt.txt", "--out", tmp_path / "run")
 
 
@@ -797,7 +797,7 @@ def test_machines_that_encode_different_lists(ranks, monkeypatch, small):
         data.encode_all(lambda x: x.float().mean((2, 3)), images, 3, 10, 0, torch.device("cpu"))
 
     monkeypatch.setattr(two_ranks, "main", main)
-    with pytest.raises(AssertionError, match="error: .*small.txt of another rank differs; every machine needs the same"):
+    with pytest.raises(AssertionError, match="error: .*small.txt differs on another rank; every machine needs the same list"):
         ranks(2, "two_ranks", seconds=15)
 
 

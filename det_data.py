@@ -1,13 +1,13 @@
 """
-What a detector learns from and how it is scored: VOC, COCO and scenes of embedded digits, and average precision.
+Data and scores for detectors: VOC, COCO, scenes of embedded digits, and average precision.
 
-Each data set is a dictionary in COCO's format, with boxes in pixels from 0:
+Each data set is a dictionary in COCO's format. Boxes are in pixels and begin at 0:
 
     {"images": [{"id", "width", "height", "file_name" or "pixels"}], "categories": [{"id", "name"}],
      "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, w, h], "area", "iscrowd", "difficult",
                       "segmentation"}]}
 
-Scenes makes images and targets of it, and train_loader batches.
+Scenes turns it into images and targets, and train_loader into batches.
 """
 import contextlib
 import itertools
@@ -38,19 +38,19 @@ VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningt
 
 @contextlib.contextmanager
 def named(file):
-    """Add the file's name to an error: a missing file, an XML that ends early, a truncated image."""
+    """Add the file's name to any error, such as a missing file, an XML file that ends early or a truncated image."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        kind = RuntimeError if get_worker_info() else SystemExit  # a worker's exit ends no training
+        kind = RuntimeError if get_worker_info() else SystemExit  # SystemExit in a worker would not end training
         raise kind(f"error: {file} cannot be used ({reason}); check it, and --data") from None
 
 
 # ---- data sets as dictionaries
 
 def digits_dictionary(split, n):
-    """The first n scenes of a split. Their images hold pixels instead of a file name."""
+    """The first n scenes of a split. Their images have pixels instead of a file name."""
     digits, labels = digit_images(split)
     images, annotations = [], []
     for index in range(FIRST_SCENE[split], FIRST_SCENE[split] + n):
@@ -77,7 +77,7 @@ def coco_dictionary(root, split):
 def voc_dictionary(root, splits):
     """The images of (year, list) pairs, for example ("2007", "test").
 
-    VOC counts pixels from 1 and its boxes include the last: x = xmin - 1, w = xmax - xmin + 1.
+    VOC counts pixels from 1, and its boxes include the last pixel: x = xmin - 1, w = xmax - xmin + 1.
     """
     ids = {name: i for i, name in enumerate(VOC_CLASSES, 1)}
     images, annotations = [], []
@@ -106,14 +106,14 @@ def voc_dictionary(root, splits):
 
 
 def complete(dataset):
-    """Fill in what annotations leave out, and `inside`, the box within its image as [x0, y0, x1, y1]. Number them from
-    1, because 0 means "unmatched" to pycocotools."""
+    """Fill in what annotations leave out, and add `inside`, the box clipped to its image as [x0, y0, x1, y1]. Number
+    the annotations from 1, because 0 means "unmatched" to pycocotools."""
     images = {image["id"]: image for image in dataset["images"]}
     category_ids = {c["id"] for c in dataset["categories"]}
     for number, a in enumerate(dataset["annotations"], 1):
         if a["image_id"] not in images or a["category_id"] not in category_ids:
-            raise ValueError(f"annotation {number} is of image {a['image_id']} and category "
-                             f"{a['category_id']}, and one of them is not listed")
+            raise ValueError(f"annotation {number} has image {a['image_id']} and category "
+                             f"{a['category_id']}, one of which is not listed")
         image = images[a["image_id"]]
         x, y, w, h = a["bbox"]
         inside = [max(x, 0), max(y, 0), min(x + w, image["width"]), min(y + h, image["height"])]
@@ -122,8 +122,8 @@ def complete(dataset):
 
 
 def read_datasets(name, root, train_scenes=1000, test_scenes=300):
-    """Training and test set: of voc or coco in the folder root, or of digits. Their key "masks" says whether objects
-    have masks. Exits if the test set could not be scored."""
+    """The training and test sets of digits, or of voc or coco in the folder root. Their key "masks" says whether the
+    objects have masks. Exits if the test set could not be scored."""
     if name == "digits":
         train = digits_dictionary("train", train_scenes)
         test = digits_dictionary("test", test_scenes)
@@ -134,16 +134,16 @@ def read_datasets(name, root, train_scenes=1000, test_scenes=300):
         train = coco_dictionary(root, "train2017")
         test = coco_dictionary(root, "val2017")
     if train["categories"] != test["categories"]:
-        sys.exit(f"error: {root}: training and test set differ in categories; repair the label map")
+        sys.exit(f"error: {root}: training and test set have different categories; fix the label map")
     if all(a["iscrowd"] or a["difficult"] for a in test["annotations"]):
-        sys.exit(f"error: {root}: the test set has no object to find: all are crowds or difficult")
+        sys.exit(f"error: {root}: the test set has no objects to find; they are all crowds or difficult")
 
-    # all objects have masks, or none; an empty list of polygons is no mask
+    # either all objects have masks or none have; an empty list of polygons is no mask
     objects = train["annotations"] + test["annotations"]
     without = sum(not any(a.get("segmentation") or ()) for a in objects)
     if 0 < without < len(objects):
         sys.exit(f"error: {root}: {without} of {len(objects)} objects have no mask (segmentation); "
-                 "give all objects of training and test set one, or none")
+                 "give masks to all objects of the training and test sets, or to none")
     train["masks"] = test["masks"] = without == 0
     return train, test
 
@@ -151,7 +151,7 @@ def read_datasets(name, root, train_scenes=1000, test_scenes=300):
 # ---- masks, images, targets
 
 def to_rle(mask):
-    """bool (H, W) -> COCO's run-length encoding, in types that JSON has."""
+    """bool (H, W) -> COCO's run-length encoding, in types that JSON can hold."""
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
@@ -173,23 +173,23 @@ def read_pixels(image):
     H, W = pixels.shape[1:]
     if (W, H) != (image["width"], image["height"]):
         listed = f"{image['width']} x {image['height']}"
-        raise ValueError(f"it is {W} x {H}, its annotation says {listed}")
+        raise ValueError(f"it is {W} x {H}, but its annotation says {listed}")
     return pixels
 
 
 class Scenes(Dataset):
     """Images and their targets. The key of an item is (index, mirrored).
 
-    An item is an image, uint8 (3, H, W), and its target: boxes float (n, 4) as x0, y0, x1, y1, labels int64 (n,) from
-    1 (0 is the background) and, if `masks`, masks uint8 (n, H, W).
+    An item is an image, uint8 (3, H, W), and its target: boxes float (n, 4) as x0, y0, x1, y1, labels int64 (n,) that
+    start at 1 because 0 is the background, and if `masks` is set, masks uint8 (n, H, W).
 
-    Targets leave out crowds, and boxes that are at most 1 px wide or high within the image. VOC's difficult objects
-    stay. If `train`, images without an object are left out, and what remains is counted and printed.
+    Targets leave out crowds and boxes whose part inside the image is at most 1 px wide or high. They keep VOC's
+    difficult objects. If `train` is set, images without an object are dropped, and a line says how many remain.
     """
 
     def __init__(self, dataset, masks, train=False):
         self.masks = masks
-        self.category_ids = sorted(c["id"] for c in dataset["categories"])  # COCO's have gaps, labels not
+        self.category_ids = sorted(c["id"] for c in dataset["categories"])  # labels have no gaps, COCO's ids do
         self.objects = {image["id"]: [] for image in dataset["images"]}
         for a in dataset["annotations"]:
             x0, y0, x1, y1 = a["inside"]
@@ -228,7 +228,7 @@ class Scenes(Dataset):
 
 
 def mirror(pixels, target):
-    """The image with its boxes and masks, left to right."""
+    """Flip the image, its boxes and its masks horizontally."""
     W = pixels.shape[-1]
     x0, y0, x1, y1 = target["boxes"].unbind(1)
     target = {**target, "boxes": torch.stack((W - x1, y0, W - x0, y1), 1)}
@@ -240,8 +240,8 @@ def mirror(pixels, target):
 # ---- batches
 
 def batches(images, batch, seed, mirrored):
-    """Endless global batches of (index, mirrored), in a new order in each epoch. Wide and tall images do not share a
-    batch, so that little is padded. What is left at the end of an epoch waits for the next one."""
+    """Endless global batches of (index, mirrored), in a new order each epoch. Wide and tall images never share a batch,
+    so little padding is needed. Images that are left over at the end of an epoch wait for the next one."""
     g = torch.Generator().manual_seed(seed)
     waiting = {"wide": [], "tall": []}
     while True:
@@ -255,7 +255,8 @@ def batches(images, batch, seed, mirrored):
 
 
 def train_loader(scenes, batch, accumulate, seed, mirrored, workers, start=0):
-    """This rank's share of the global batches from iteration `start` on, in `accumulate` lists of items per batch."""
+    """This rank's share of the global batches, beginning with iteration `start`. Each batch comes as `accumulate` lists
+    of items."""
     def lists_of_rank():
         parts = ddp.world() * accumulate
         for items in itertools.islice(batches(scenes.images, batch, seed, mirrored), start, None):
@@ -267,7 +268,7 @@ def train_loader(scenes, batch, accumulate, seed, mirrored, workers, start=0):
 
 
 def to_device(items, device):
-    """A list of (pixels, target) -> images, float in 0..1, and targets. The detector normalises the images."""
+    """A list of (pixels, target) -> images as floats in 0..1, and targets. The detector normalises the images."""
     images = [pixels.to(device, non_blocking=True).float().div_(255) for pixels, _ in items]
     targets = [{name: x.to(device, non_blocking=True) for name, x in target.items()}
                for _, target in items]
@@ -277,7 +278,7 @@ def to_device(items, device):
 # ---- average precision
 
 def voc_matches(objects, detections):
-    """The object that each detection overlaps most in its image: IoU (n,) and index into objects (n,)."""
+    """The object in the same image that each detection overlaps most: its IoU (n,) and its index into objects (n,)."""
     in_image = {}
     for j, a in enumerate(objects):
         in_image.setdefault(a["image_id"], []).append(j)
@@ -301,14 +302,14 @@ def voc_matches(objects, detections):
 
 
 def voc_average(overlap, best, difficult, threshold):
-    """11-point average precision at an IoU threshold. overlap, best: as from voc_matches, by falling score. difficult:
-    bool, for each object."""
+    """11-point average precision at an IoU threshold. overlap, best: what voc_matches returns for detections in order
+    of falling score. difficult: bool, one per object."""
     hit = overlap >= threshold
     ignored = hit & difficult[best]
     counted = np.flatnonzero(hit & ~ignored)
     _, first = np.unique(best[counted], return_index=True)
     true = np.zeros(len(overlap), bool)
-    true[counted[first]] = True  # a second detection of an object is false
+    true[counted[first]] = True  # only the first detection of an object is true
     true = true[~ignored]
 
     recall = true.cumsum() / (~difficult).sum()
@@ -318,16 +319,16 @@ def voc_average(overlap, best, difficult, threshold):
 
 
 def voc_ap(dataset, detections):
-    """PASCAL VOC 2007's average precision in percent, the mean over the classes. Returns {"AP50", "AP", "AP75"}: at IoU
-    0.5, the mean over the IoUs 0.50, 0.55 ... 0.95, and at 0.75.
+    """PASCAL VOC 2007's average precision in percent, as the mean over the classes. Returns {"AP50", "AP", "AP75"}: at
+    IoU 0.5, as the mean over the IoUs 0.50, 0.55 ... 0.95, and at 0.75.
 
-    dataset: {"categories", "annotations": [{"image_id", "category_id", "bbox" [x, y, w, h], "difficult"}]}
-    detections: [{"image_id", "category_id", "bbox" [x, y, w, h], "score"}]
+    dataset: {"categories", "annotations": [{"image_id", "category_id", "bbox": [x, y, w, h], "difficult"}]}
+    detections: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}]
 
-    The devkit's rule (VOCevaldet.m): by falling score, each detection goes to the object of its class and image that it
-    overlaps most. If the IoU is below the threshold, the detection is false. Otherwise it is ignored if the object is
-    difficult, false if an earlier detection has the object, and true if not. Difficult objects are not counted, and a
-    class that has no others is left out. Boxes begin at 0, so widths need no +1.
+    The devkit's rule (VOCevaldet.m): take the detections by falling score and match each to the object of its class and
+    image that it overlaps most. If the IoU is below the threshold, the detection is false. Otherwise it is ignored if
+    the object is difficult, false if an earlier detection has found the object already, and true if not. Difficult
+    objects do not count, and a class that has only such objects is left out. Boxes begin at 0, so widths need no +1.
     """
     aps = []
     for category in [c["id"] for c in dataset["categories"]]:
@@ -367,7 +368,7 @@ def coco_ap(dataset, detections, kind):
 
 
 def average_precision(name, dataset, detections):
-    """Of boxes and, if objects have them, masks. The numbers stand in the order of the paper's tables."""
+    """The average precision of boxes and, if objects have them, of masks, in the order of the paper's tables."""
     if name == "voc":
         return {"box": voc_ap(dataset, detections)}                       # Table 11: AP50, AP, AP75
     scores = {"box": coco_ap(dataset, detections, "bbox")}                # Table 12: AP, AP50, AP75
@@ -377,9 +378,9 @@ def average_precision(name, dataset, detections):
 
 
 def print_table(rows):
-    """A Markdown table with a line per run and one per mean of runs that differ only in the seed.
+    """Print a Markdown table with one line per run, and the mean of the runs that differ only in the seed.
 
-    rows: what results.json holds.
+    rows: the contents of results.json files.
     """
     columns = dict.fromkeys((kind, name) for row in rows for kind in ("box", "mask")
                             for name in row.get(kind, ()))

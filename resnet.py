@@ -1,11 +1,11 @@
 """
-Encoders by name, and reading one from a file: ours, torchvision's, or another program's.
+Encoders by name, and reading an encoder from a file: ours, torchvision's, or another program's.
 
     encoder = ARCHS["resnet50"](num_classes=128)                  # (B, 3, H, W) -> (B, 128)
     encoder = with_head(ARCHS["resnet50"], 128, mlp=True)         # the same with MoCo v2's two-layer head
     encoder = load_backbone("moco_v2_800ep.pth.tar", "resnet50")  # (B, 3, H, W) -> features (B, 2048)
 
-Add your own architecture to ARCHS. Its last layer must be `fc`, an nn.Linear; no other may be called `encoder`.
+Add your own architecture to ARCHS. Its last layer must be an nn.Linear called `fc`. No layer may be called `encoder`.
 """
 import argparse
 import copy
@@ -36,15 +36,15 @@ class BasicBlock(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
         if self.pad:
-            # option A of He et al., a shortcut without parameters: subsampled, with zeros for the new channels.
-            # avg_pool2d equals x[:, :, ::stride, ::stride], and its gradient stays channels_last
+            # option A of He et al.: a shortcut without parameters, which subsamples x and pads the new channels with
+            # zeros. avg_pool2d equals x[:, :, ::stride, ::stride], but its gradient stays channels_last
             x = F.avg_pool2d(x, 1, self.stride)
             x = F.pad(x, (0, 0, 0, 0, self.pad // 2, self.pad - self.pad // 2))
         return F.relu(y + x, inplace=True)
 
 
 class CifarResNet(nn.Module):
-    """The ResNet of 6n+2 layers for images of 32 px (He et al. 2016, sec. 4.2): (B, 3, H, W) -> (B, num_classes)."""
+    """The ResNet with 6n+2 layers for images of 32 px (He et al. 2016, sec. 4.2): (B, 3, H, W) -> (B, num_classes)."""
 
     def __init__(self, depth, width=16, num_classes=10, stem_stride=1):
         super().__init__()
@@ -72,10 +72,10 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-# name -> constructor that takes num_classes, or no argument
+# name -> constructor. It must work with num_classes=... and without arguments
 ARCHS = {
     "resnet8": partial(CifarResNet, 8),
-    "resnet8s": partial(CifarResNet, 8, stem_stride=2),                   # for the digits, in a fifth of the time
+    "resnet8s": partial(CifarResNet, 8, stem_stride=2),                   # for the digits; takes a fifth of the time
     "resnet20": partial(CifarResNet, 20),
     "resnet32": partial(CifarResNet, 32),
 }
@@ -84,7 +84,7 @@ for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resn
 
 
 def with_head(encoder, num_classes, mlp=False):
-    """An encoder with a head to (B, num_classes): linear, or with mlp MoCo v2's two layers."""
+    """Build an encoder with a head to (B, num_classes): one linear layer, or MoCo v2's two layers if mlp is set."""
     network = encoder(num_classes=num_classes)
     if mlp:
         D = network.fc.in_features
@@ -93,8 +93,8 @@ def with_head(encoder, num_classes, mlp=False):
 
 
 class Branches(nn.Module):
-    """A residual block and its copy: BBN's two branches (Zhou et al. 2020, sec. 4.2). `use` picks the conventional (0)
-    or the re-balanced one (1). None runs both and concatenates their channels."""
+    """A residual block and its copy: BBN's two branches (Zhou et al. 2020, sec. 4.2). `use` selects the conventional
+    branch (0) or the re-balanced one (1). With None both run, and their channels are concatenated."""
 
     def __init__(self, block):
         super().__init__()
@@ -107,7 +107,7 @@ class Branches(nn.Module):
 
 
 def branch(encoder):
-    """Double the last residual block of an encoder; its features become (B, 2 D). Returns the Branches."""
+    """Double the last residual block of an encoder, so that its features become (B, 2 D). Returns the Branches."""
     stage = getattr(encoder, "layer4", None) or encoder.layer3
     stage[-1] = Branches(stage[-1])
     return stage[-1]
@@ -115,12 +115,13 @@ def branch(encoder):
 
 # ---- reading an encoder from a file
 
-# a checkpoint's entries for the weights; of DINO's two networks it is the teacher that is evaluated
+# where checkpoints keep the weights; DINO has two networks, and the teacher is the one that is evaluated
 ENTRIES = ("state_dict", "state_dict_best", "teacher", "model", "model_state_dict", "feat_model")
-PREFIXES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")   # of an encoder's names, tried in this order
+PREFIXES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")   # prefixes of tensor names, in this order
 HEADS = ("fc", "linear", "head", "classifier", "projector", "projection_head", "prototypes")
 
-# files hold more than tensors: arguments (timm, DINO, SupCon), learning rates as numpy numbers (DINO, SwAV, SupCon)
+# some files hold more than tensors: arguments (timm, DINO, SupCon) and learning rates as numpy numbers (DINO, SwAV,
+# SupCon)
 numpy_scalar = np.float64(0).__reduce__()[0]
 SAFE = [
     argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
@@ -129,7 +130,7 @@ SAFE = [
 
 
 def read_weights(path):
-    """{name: tensor} from a .pt, .pth, .ckpt or .safetensors file; of a checkpoint, the first of ENTRIES."""
+    """{name: tensor} from a .pt, .pth, .ckpt or .safetensors file. From a checkpoint the first of ENTRIES is taken."""
     if not Path(path).is_file():
         sys.exit(f"error: {path} is not a file")
     load = partial(torch.load, map_location="cpu", weights_only=True)
@@ -141,19 +142,20 @@ def read_weights(path):
     try:
         with torch.serialization.safe_globals(SAFE):
             content = load(path)
-        # an entry may have entries again
+        # an entry may itself contain one of ENTRIES
         while inner := [x for x in map(content.get, ENTRIES) if isinstance(x, dict)]:
             content = inner[0]
         return {str(name): x for name, x in content.items()}
-    except Exception:  # every kind of damage raises its own
+    except Exception:  # each kind of damage raises a different one
         sys.exit(f"error: {path} is damaged or not a checkpoint, or it holds more than tensors; "
                  "save model.state_dict() and nothing else")
 
 
 def load_backbone(path, arch):
-    """The encoder of architecture `arch` without its fc, (B, 3, H, W) -> features (B, D), from a file of ours,
-    torchvision, timm, MoCo, DINO, Barlow Twins, VICReg, SwAV, SupCon, LDAM-DRW, classifier-balancing, solo-learn or
-    lightly. Prints how many tensors were matched and which were left out.
+    """Read the encoder of architecture `arch`, without its fc, from a file: (B, 3, H, W) -> features (B, D).
+
+    The file may be ours or written by torchvision, timm, MoCo, DINO, Barlow Twins, VICReg, SwAV, SupCon, LDAM-DRW,
+    classifier-balancing, solo-learn or lightly. Prints how many tensors were matched and which were left out.
     """
     weights = read_weights(path)
     encoder, left_out = fit(weights, arch, path)
@@ -165,28 +167,30 @@ def load_backbone(path, arch):
 
 
 def fit(weights, arch, source):
-    """The encoder without its fc from {name: tensor}, and the names that were left out: those of heads and of other
-    networks. Every other tensor must be there with the right shape. source: where the weights are from."""
+    """The encoder without its fc from {name: tensor}, and the names that were left out, which belong to heads and other
+    networks. Exits unless the rest are exactly the encoder's tensors, with the right shapes. source: where the weights
+    come from, for error messages."""
     encoder = ARCHS[arch]()
     if not isinstance(getattr(encoder, "fc", None), nn.Linear):
         sys.exit(f"error: {arch} must end in an nn.Linear called fc; see ARCHS in resnet.py")
     encoder.fc = nn.Identity()
-    if any(".rebalanced." in name for name in weights):                   # of BBN: features (B, 2 D)
+    if any(".rebalanced." in name for name in weights):                   # BBN's, with features (B, 2 D)
         branch(encoder)
     expected = encoder.state_dict()
     first = next(iter(expected))                                          # conv1.weight
-    if first not in weights:  # DDP and torch.compile put a word into each name
+    if first not in weights:  # DDP and torch.compile add a word to each name
         weights = {re.sub(r"\b(module|_orig_mod)\.", "", name): x for name, x in weights.items()}
 
-    # where in the file the encoder begins; in an nn.Sequential its children are numbered
+    # find the prefix of the encoder's names; in an nn.Sequential its children have numbers instead of names
     starts = (first, "0." + first.partition(".")[2])
     prefix = next((p for p in PREFIXES if any(p + start in weights for start in starts)), None)
     if prefix is None:
         beginnings = sorted({name.split(".")[0] for name in weights})
-        sys.exit(f"error: {source} has no {first}, by itself or below {', '.join(PREFIXES[:-1])}; "
+        sys.exit(f"error: {source} has no {first}, with or without a prefix ({', '.join(PREFIXES[:-1])}); "
                  f"its names begin with {', '.join(beginnings)}")
 
-    # its tensors by their own names; heads and other networks are left out. Old files lack num_batches_tracked
+    # collect the encoder's tensors under their own names and leave out heads and other networks. Old files lack
+    # num_batches_tracked, so these begin with the encoder's own values
     children = {name.split(".")[0] for name in expected}
     numbered = {str(i): name for i, (name, _) in enumerate(encoder.named_children())}
     state = {name: x for name, x in expected.items() if name.endswith("num_batches_tracked")}
@@ -201,11 +205,11 @@ def fit(weights, arch, source):
         else:
             left_out.append(name)
 
-    # all of it must be there, and nothing else
+    # all tensors of the encoder must be there, and nothing else
     for name in expected | state:
         found, wanted = (tuple(x[name].shape) if name in x else "absent" for x in (state, expected))
         if found != wanted:
             sys.exit(f"error: {source} does not fit {arch}: {name} is {found} in the file and "
-                     f"{wanted} in {arch}; name the architecture of the file, or add it to resnet.py")
+                     f"{wanted} in {arch}; pass the file's architecture, or add it to resnet.py")
     encoder.load_state_dict(state)
     return encoder, left_out

@@ -1,10 +1,10 @@
 """
-Detection transfer: fine-tune a representation as the backbone of a detector. Tables 1, 5, 11 and 12 of the paper.
+Detection transfer: fine-tune a representation as the backbone of a detector (Tables 1, 5, 11 and 12 of the paper).
 
-    python train_rep.py --loss kcl              # the backbone, about 3 minutes on 2 CPU cores
-    python transfer_det.py                      # scenes of digits, about 2 minutes
+    python train_rep.py --loss kcl              # trains the backbone, about 3 minutes on 2 CPU cores
+    python transfer_det.py                      # trains a detector on scenes of digits, about 2 minutes
     python transfer_det.py --pretrained none    # the same from random weights
-    python transfer_det.py --table runs/*/det-digits-fpn-seed*/results.json    # side by side, and mean +- std
+    python transfer_det.py --table runs/*/det-digits-fpn-seed*/results.json    # compares runs; mean +- std over seeds
 
     torchrun --nproc_per_node=8 transfer_det.py --dataset voc --data VOCdevkit --pretrained backbone.pt    # Table 11
     torchrun --nproc_per_node=8 transfer_det.py --dataset coco --data coco --pretrained backbone.pt        # Table 12
@@ -12,16 +12,16 @@ Detection transfer: fine-tune a representation as the backbone of a detector. Ta
 
 digits  Mask R-CNN on scenes of embedded digits. No digit of a test scene occurs in training scenes or in data/digits.
 voc     Faster R-CNN on trainval 07+12, tested on test 07. --data holds VOC2007/ and VOC2012/.
-coco    Mask R-CNN on train2017, tested on val2017; Faster R-CNN if objects have no masks. --data holds train2017/,
-        val2017/ and annotations/instances_{train,val}2017.json.
+coco    Mask R-CNN on train2017, tested on val2017, or Faster R-CNN if the objects have no masks. --data holds
+        train2017/, val2017/ and annotations/instances_{train,val}2017.json.
 
-The paper names neither the detector nor the schedule. Both are inferred: its CE rows fit MoCo's R50-C4 experiments (He
-et al., CVPR 2020), whose published settings are the defaults for voc and coco. --accumulate 8 computes the batch of 16
-in 8 parts on one GPU, and BatchNorm sees the 2 images of a part. VOC and COCO were not run here. Going by detectron2's
-times on 8 V100, they take about 4 and 29 hours, and COCO's 1x schedule (--iterations 90000) takes 15.
+The paper names neither the detector nor the schedule, so both are inferred. Its CE rows fit MoCo's R50-C4 experiments
+(He et al., CVPR 2020), whose published settings are the defaults for voc and coco. --accumulate 8 computes the batch of
+16 in 8 parts on one GPU, and BatchNorm sees the 2 images of each part. VOC and COCO were not run here. Going by
+detectron2's times, they take about 4 and 29 hours on 8 V100, and COCO's 1x schedule (--iterations 90000) takes 15.
 
-A run writes to --out: results.json, detections.json in COCO's format (tools/show_det.py draws it), detector.pt (a plain
-state_dict), log.jsonl and ckpt.pt. After a kill, the same command resumes from the last checkpoint.
+A run writes results.json, detections.json in COCO's format (tools/show_det.py draws it), detector.pt (a plain
+state_dict), log.jsonl and ckpt.pt to --out. If it is killed, the same command resumes from the last checkpoint.
 """
 import argparse
 import itertools
@@ -54,15 +54,15 @@ import ddp
 from det_data import Scenes, average_precision, print_table, read_datasets, to_device, to_rle, train_loader
 from resnet import ARCHS, load_backbone
 
-# Defaults of the flags; voc and coco as in MoCo's detection experiments (facebookresearch/moco, folder detection/).
+# Defaults of the flags. voc and coco follow MoCo's detection experiments (facebookresearch/moco, folder detection/).
 PHOTOS = dict(arch="c4", encoder="resnet50", batch=16, workers=data.workers_per_rank())
 DEFAULTS = {
     "voc": dict(PHOTOS, iterations=24_000, warmup=100),
     "coco": dict(PHOTOS, iterations=180_000, warmup=1000),
     "digits": dict(arch="fpn", encoder="resnet8s", batch=8, workers=0, iterations=250, warmup=20),
 }
-# What no flag changes. base_lr is for a batch of 16. The learning rate falls to a tenth after each share of the
-# iterations in drops. scales are the shorter sides of training images, and the last one that of test images.
+# Settings without a flag. base_lr is for a batch of 16. drops are fractions of the iterations after which the learning
+# rate falls to a tenth. scales are the shorter sides of training images, and test images take the last one.
 PHOTO = dict(base_lr=0.02, max_size=1333, mirror=True,
              mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
 SPECS = {
@@ -71,7 +71,8 @@ SPECS = {
     "digits": dict(base_lr=0.1, max_size=128, mirror=False, drops=(0.8, 0.95), scales=[128],
                    mean=data.DATASETS["digits"]["mean"], std=data.DATASETS["digits"]["std"]),
 }
-# proposals: before and after NMS, in training and in testing. rois: how many per image the heads are trained on.
+# proposals: how many, as ((before NMS, after NMS) in training, the same in testing). rois: how many per image train the
+# heads.
 HEADS = {
     "c4": dict(proposals=((12000, 2000), (6000, 1000)), rois=512),
     "fpn": dict(proposals=((2000, 1000), (1000, 1000)), rois=512,
@@ -83,7 +84,7 @@ HEADS = {
 # ---- the detector, from torchvision's parts
 
 class Stages(nn.Module):
-    """An encoder's stem and stages: (B, 3, H, W) -> {stage: features} for the stages in `keep`."""
+    """The stem and the stages of an encoder: (B, 3, H, W) -> {stage: features} for the stages in `keep`."""
 
     def __init__(self, encoder, stages, keep):
         super().__init__()
@@ -102,7 +103,7 @@ class Stages(nn.Module):
 
 
 class Block(nn.Sequential):
-    """Modules that compute in bf16 if `amp` is set, and return fp32: torchvision decodes boxes in the features' type,
+    """Modules that compute in bf16 if `amp` is set, but return fp32. torchvision decodes boxes in the features' type,
     and bf16 cannot tell 800 px from 801."""
     amp = False
 
@@ -116,7 +117,7 @@ class Block(nn.Sequential):
 
 
 class RPN(RegionProposalNetwork):
-    """torchvision's, with the protocol's L1 box loss instead of smooth L1."""
+    """torchvision's, but the box loss is L1, as in the protocol, instead of smooth L1."""
 
     def compute_loss(self, objectness, deltas, labels, targets):
         positive, negative = (torch.where(torch.cat(chosen))[0]
@@ -129,8 +130,9 @@ class RPN(RegionProposalNetwork):
 
 
 class Heads(RoIHeads):
-    """torchvision's, with the L1 box loss. C4's mask_head is its box_head, the encoder's last stage. It runs only once
-    per training step, for boxes and masks: a second run, on positives alone, would bias its BatchNorm."""
+    """torchvision's, with the L1 box loss. In C4 the mask_head is the box_head, which is the encoder's last stage. It
+    runs once per training step for both boxes and masks, because a second run on only the positives would bias its
+    BatchNorm."""
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
@@ -147,7 +149,7 @@ class Heads(RoIHeads):
         if not self.has_mask():
             return [], losses
 
-        # masks are learned from the positives alone
+        # only the positives train the masks
         boxes = [b[label > 0] for b, label in zip(proposals, labels)]
         matched = [m[label > 0] for m, label in zip(matched, labels)]
         if self.mask_head is self.box_head:
@@ -171,7 +173,7 @@ class C4Predictor(FastRCNNPredictor):
 
 
 def c4_parts(encoder, strides, widths, classes, masks):
-    """The encoder's last stage becomes the box head, with one more BatchNorm. The others are the backbone."""
+    """The encoder's last stage becomes the box head, with one more BatchNorm. The stages before it are the backbone."""
     *trunk, last = strides
     backbone = Block(Stages(encoder, trunk, trunk[-1:]))
     backbone.out_channels = widths[trunk[-1]]
@@ -186,7 +188,7 @@ def c4_parts(encoder, strides, widths, classes, masks):
 
 
 def fpn_parts(encoder, strides, widths, classes, masks, heads):
-    """A feature pyramid with BatchNorm, on the stages of stride > 1."""
+    """The backbone is a feature pyramid with BatchNorm on the stages of stride > 1."""
     keep = [name for name in strides if strides[name] > 1]
     channels, fc, mask = heads["channels"], heads["fc"], heads["mask"]
     stage_widths = [widths[name] for name in keep]
@@ -197,7 +199,7 @@ def fpn_parts(encoder, strides, widths, classes, masks, heads):
 
     box_head = TwoMLPHead(channels * 7 * 7, fc)
     for layer in box_head.children():
-        nn.init.kaiming_uniform_(layer.weight, a=1)  # detectron2's; nn.Linear's has a third of the variance
+        nn.init.kaiming_uniform_(layer.weight, a=1)  # as in detectron2; nn.Linear's default has a third of the variance
         nn.init.zeros_(layer.bias)
     parts = dict(box_roi_pool=MultiScaleRoIAlign(keep, 7, sampling_ratio=2),
                  box_head=Block(box_head),
@@ -210,11 +212,11 @@ def fpn_parts(encoder, strides, widths, classes, masks, heads):
 
 
 def build_detector(encoder, arch, num_classes, heads, spec, amp=False):
-    """Faster R-CNN, or Mask R-CNN if spec["masks"], around an encoder of resnet.py.
+    """Faster R-CNN, or Mask R-CNN if spec["masks"], around an encoder from resnet.py.
 
-    num_classes leaves out the background. heads is an entry of HEADS, spec one of SPECS and "masks".
+    num_classes does not count the background. heads: an entry of HEADS. spec: an entry of SPECS plus "masks".
     """
-    # strides and widths of the stages, measured
+    # measure the strides and widths of the stages
     stages = [name for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(encoder, name)]
     with torch.no_grad():
         probe = Stages(encoder.eval(), stages, stages)(torch.zeros(1, 3, 64, 64))
@@ -226,7 +228,7 @@ def build_detector(encoder, arch, num_classes, heads, spec, amp=False):
     else:
         backbone, sizes, parts = fpn_parts(encoder, strides, widths, classes, masks, heads)
 
-    # the last layers start as detectron2's
+    # initialise the last layers as detectron2 does
     last = {parts["box_predictor"].cls_score: 0.01, parts["box_predictor"].bbox_pred: 0.001}
     if masks:
         last[parts["mask_predictor"][0].mask_fcn_logits] = 0.001
@@ -247,7 +249,7 @@ def build_detector(encoder, arch, num_classes, heads, spec, amp=False):
     roi_heads = Heads(**parts, fg_iou_thresh=0.5, bg_iou_thresh=0.5, positive_fraction=0.25,
                       batch_size_per_image=heads["rois"], bbox_reg_weights=None,
                       score_thresh=0.05, nms_thresh=0.5, detections_per_img=100)
-    if arch == "c4" and masks:  # plain attributes, not submodules: the state_dict holds the box head once
+    if arch == "c4" and masks:  # not as submodules, or the state_dict would hold the box head twice
         roi_heads.__dict__["mask_roi_pool"] = roi_heads.box_roi_pool
         roi_heads.__dict__["mask_head"] = roi_heads.box_head
 
@@ -266,7 +268,7 @@ def norm_layers(detector):
 
 
 def parameter_groups(detector, weight_decay):
-    """No weight decay for BatchNorm's weights and biases."""
+    """Parameter groups for SGD: BatchNorm's weights and biases get no weight decay."""
     norms = {p: None for m in norm_layers(detector) for p in m.parameters()}
     others = [p for p in detector.parameters() if p not in norms]
     return [{"params": others, "weight_decay": weight_decay},
@@ -274,8 +276,8 @@ def parameter_groups(detector, weight_decay):
 
 
 def learning_rate(base, iteration, iterations, drops, warmup):
-    """Rises linearly from base / 1000 to base in `warmup` iterations, and falls to a tenth after each share of the
-    iterations in drops."""
+    """The rate rises linearly from base / 1000 to base in `warmup` iterations, and falls to a tenth after each fraction
+    of the iterations in drops."""
     warm = min(1, 0.001 + 0.999 * iteration / warmup) if warmup else 1
     return base * warm * 0.1 ** sum(iteration >= round(drop * iterations) for drop in drops)
 
@@ -284,11 +286,11 @@ def learning_rate(base, iteration, iterations, drops, warmup):
 def precise_bn(detector, batches):
     """Set BatchNorm's running statistics to their mean over batches of (images, targets) and over the ranks.
 
-    The running average of training lags behind the weights: Wu and Johnson, "Rethinking Batch in BatchNorm", 2021.
+    During training the running average lags behind the weights (Wu and Johnson, "Rethinking Batch in BatchNorm", 2021).
     """
     for m in norm_layers(detector):
         m.reset_running_stats()
-        m.momentum = None  # torch's cumulative average
+        m.momentum = None  # torch then takes the plain average over batches
     detector.train()
     for images, targets in batches:
         detector(images, targets)
@@ -305,10 +307,10 @@ def progress(iterable, name, **options):
 
 @torch.no_grad()
 def predict(detector, scenes, device, workers=0):
-    """The detections on all Scenes, in their order, on every rank, in COCO's format:
-    [{"image_id", "category_id", "bbox" [x, y, w, h], "score", and with masks "segmentation"}].
+    """The detections on all scenes, in their order and on every rank. They are in COCO's format:
+    [{"image_id", "category_id", "bbox": [x, y, w, h], "score", and with masks "segmentation"}].
 
-    Each image is a batch of its own, so neither the number of ranks nor padding changes a detection.
+    Each image is its own batch, so neither the number of ranks nor padding changes a detection.
     """
     detector.eval()
     indices = range(ddp.rank(), len(scenes), ddp.world())
@@ -335,53 +337,58 @@ def predict(detector, scenes, device, workers=0):
 
 def parse_args():
     def default(name):
-        """A flag's defaults as -h shows them: voc 24000, coco 180000, digits 250."""
+        """A flag's defaults as -h shows them, such as `voc 24000, coco 180000, digits 250`."""
         return ", ".join(f"{dataset} {values[name]}" for dataset, values in DEFAULTS.items())
 
     rates = ", ".join(f"{dataset} {spec['base_lr']}" for dataset, spec in SPECS.items())
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # data
     p.add_argument("--dataset", choices=tuple(SPECS), default="digits", help="default: %(default)s")
-    p.add_argument("--data", help="voc, coco: the folder, in its official layout")
-    p.add_argument("--train-scenes", type=int, default=1000, help="digits: how many, %(default)s")
-    p.add_argument("--test-scenes", type=int, default=300, help="digits: how many, %(default)s")
-    p.add_argument("--workers", type=int, help=f"data workers per rank: {default('workers')}")
+    p.add_argument("--data", help="the folder of voc or coco, in its official layout")
+    p.add_argument("--train-scenes", type=int, default=1000,
+                   help="number of training scenes of digits; default: %(default)s")
+    p.add_argument("--test-scenes", type=int, default=300,
+                   help="number of test scenes of digits; default: %(default)s")
+    p.add_argument("--workers", type=int, help=f"data workers per rank; default: {default('workers')}")
     # model
-    p.add_argument("--pretrained", help="a backbone.pt, or none; digits: that of train_rep.py --loss kcl")
+    p.add_argument("--pretrained", help="a backbone.pt, or none for random weights; default for digits: the one "
+                   "that train_rep.py --loss kcl writes")
     p.add_argument("--encoder", choices=tuple(ARCHS), metavar="ARCH",
-                   help=f"default: from the log of --pretrained, else {default('encoder')}")
+                   help=f"default: what the log of --pretrained says, else {default('encoder')}")
     p.add_argument("--arch", choices=("c4", "fpn"), help=f"default: {default('arch')}")
-    p.add_argument("--amp", action="store_true", help="backbone and heads in bfloat16")
+    p.add_argument("--amp", action="store_true", help="run backbone and heads in bfloat16")
     # optimisation
     p.add_argument("--iterations", type=int, help=f"default: {default('iterations')}")
-    p.add_argument("--batch", type=int, help=f"images per step, over all ranks: {default('batch')}")
-    p.add_argument("--accumulate", type=int, default=1, help="compute a batch in so many parts")
+    p.add_argument("--batch", type=int, help=f"images per step over all ranks; default: {default('batch')}")
+    p.add_argument("--accumulate", type=int, default=1, help="compute each batch in this many parts")
     p.add_argument("--lr", type=float, help=f"default: batch / 16 times {rates}")
-    p.add_argument("--warmup", type=int, help=f"iterations of linear warm-up: {default('warmup')}")
-    p.add_argument("--weight-decay", type=float, default=1e-4, help="%(default)s; 0 on BatchNorm")
-    p.add_argument("--precise-bn", type=int, default=200,
-                   help="iterations of BatchNorm's final statistics: %(default)s; 0 keeps running ones")
-    p.add_argument("--seed", type=int, default=0, help="of weights, order and draws: %(default)s")
+    p.add_argument("--warmup", type=int, help=f"iterations of linear warm-up; default: {default('warmup')}")
+    p.add_argument("--weight-decay", type=float, default=1e-4,
+                   help="default: %(default)s; BatchNorm always has 0")
+    p.add_argument("--precise-bn", type=int, default=200, help="iterations over which BatchNorm's final "
+                   "statistics are averaged; default: %(default)s; 0 keeps the running statistics")
+    p.add_argument("--seed", type=int, default=0, help="for weights, order and draws; default: %(default)s")
     # the run
-    p.add_argument("--out", type=Path, help="default: next to our backbone.pt, else in runs/<its name>")
-    p.add_argument("--log-every", type=int, default=20, help="iterations per log line: %(default)s")
+    p.add_argument("--out", type=Path,
+                   help="default: a folder next to a backbone.pt of ours, else one in runs/<name of the file>")
+    p.add_argument("--log-every", type=int, default=20, help="iterations per log line; default: %(default)s")
     p.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     p.add_argument("--restart", action="store_true", help="delete what --out holds and start over")
-    p.add_argument("--table", nargs="+", help="only print the table of these results.json")
+    p.add_argument("--table", nargs="+", help="only print a table of these results.json files")
     args = p.parse_args()
     if args.table:
         return args
 
-    # the backbone; train_rep.py's log names its encoder
+    # find the backbone; train_rep.py's log says which encoder it is
     if args.dataset != "digits" and not (args.data and args.pretrained):
-        sys.exit(f"error: --dataset {args.dataset} needs --data and --pretrained, "
-                 "a backbone.pt or none")
+        sys.exit(f"error: --dataset {args.dataset} needs --data and --pretrained; "
+                 "pass a backbone.pt or none as --pretrained")
     if args.pretrained is None:
         args.pretrained = f"runs/digits-lt-kcl-seed{args.seed}/backbone.pt"
     run = {} if args.pretrained == "none" else checkpoint.settings_of(args.pretrained)
     args.encoder = args.encoder or run.get("arch")
 
-    # None takes the data set's value
+    # what was not passed is None and takes the data set's default
     for name, value in DEFAULTS[args.dataset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -398,7 +405,7 @@ def parse_args():
 
 
 def save_results(args, header, detector, test, detections):
-    """Write the detector, its detections and, last, their average precision, which says that the run is finished."""
+    """Write the detector, its detections and then their average precision. That last file marks the run as finished."""
     state = {name: x.cpu() for name, x in detector.state_dict().items()}
     checkpoint.save(state, args.out / "detector.pt")
     (args.out / "detections.json").write_text(json.dumps(detections))
@@ -425,12 +432,12 @@ def main():
     header = checkpoint.header(args, **spec, pretrained_sha256=sha256)
     ckpt = checkpoint.resume(args.out, header["settings"], "results.json", args.restart)
 
-    # data; the score takes test masks from `test`, so test_scenes need none
+    # data; the test scenes need no masks, because the score takes them from `test`
     train, test = read_datasets(args.dataset, args.data, args.train_scenes, args.test_scenes)
     spec = {**spec, "masks": train["masks"]}
     train_scenes = Scenes(train, spec["masks"], train=True)
     test_scenes = Scenes(test, masks=False)
-    # a test image that cannot be read is found before the training, not after it
+    # read all test images once, so that a broken one is found before training and not after it
     for i in progress(range(ddp.rank(), len(test_scenes), ddp.world()), "test images", leave=False):
         test_scenes[i, False]
 
@@ -471,7 +478,7 @@ def main():
     since = saved = time.time()
     bar = progress(range(first, args.iterations), "training")
     for iteration in bar:
-        # a random stream per iteration and rank: a resumed run draws what an undisturbed one does
+        # seed each iteration and rank, so that a resumed run draws the same numbers as an undisturbed one
         torch.manual_seed((args.seed * 1_000_003 + iteration) * 1_009 + ddp.rank())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.lr, iteration, args.iterations, spec["drops"],
@@ -487,7 +494,7 @@ def main():
                 totals[name] = totals.get(name, 0) + loss.detach() / args.accumulate
         optimizer.step()
 
-        # log; the losses are read from the device only here
+        # log; only here are the losses read from the device
         n += 1
         step = iteration + 1
         if step % args.log_every and step < args.iterations:
@@ -505,14 +512,14 @@ def main():
         bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
         if ddp.rank() == 0:
             log(line)
-            if bar.disable:  # there is no terminal, so a Slurm log would show no loss
+            if bar.disable:  # without a terminal, for example under Slurm, nothing else prints the loss
                 print(f"iteration {step} of {args.iterations}: loss {line['loss']:.3f}", flush=True)
             if step == args.iterations or time.time() - saved > checkpoint.SAVE_EVERY:
                 saved = time.time()
                 checkpoint.save({"iteration": step, "model": detector.state_dict(),
                                  "optimizer": optimizer.state_dict()}, args.out / "ckpt.pt")
 
-    # evaluate, with the same draws whether training was resumed or not
+    # evaluate, with the same draws whether or not training was resumed
     torch.manual_seed(args.seed * 1_009 + ddp.rank())
     stream = itertools.islice(batches(args.seed + 1), args.precise_bn * args.accumulate)
     if args.precise_bn:

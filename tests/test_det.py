@@ -296,7 +296,7 @@ def test_crowd_degenerate_and_clipped_boxes():
     assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 80, 100) and target["labels"].shape == (0,)
     with pytest.raises(SystemExit, match="no training image has a usable object"):
         Scenes(crowd, masks=True, train=True)
-    with pytest.raises(ValueError, match="annotation 1 is of image 42 and category 4, and one of them is not listed"):
+    with pytest.raises(ValueError, match="annotation 1 has image 42 and category 4, one of which is not listed"):
         dictionary((4, [1, 2, 3, 4]))
 
 
@@ -557,7 +557,7 @@ def deep(old):
 
 
 PHOTO, TEST_XML, VAL = "VOC2007/JPEGImages/test_1.jpg", "VOC2007/Annotations/test_1.xml", "annotations/instances_val2017.json"
-NO_IMAGE, NO_TEST_OBJECT = "no training image has a usable object", "the test set has no object to find: "
+NO_IMAGE, NO_TEST_OBJECT = "no training image has a usable object", "the test set has no objects to find; "
 
 
 @pytest.mark.parametrize("dataset, change, sentence", [
@@ -580,14 +580,14 @@ NO_IMAGE, NO_TEST_OBJECT = "no training image has a usable object", "the test se
     # missing, or of other classes
     ("coco", lambda root: root.rename(root.parent / "x"), "instances_train2017.json cannot be used (FileNotFoundError: "),
     ("voc", lambda root: (root / "VOC2007/ImageSets/Main/test.txt").unlink(), "test.txt cannot be used (FileNotFoundError"),
-    ("coco", in_json(lambda c: c["categories"][0].update(name="other"), "train2017"), "differ in categories; repair the label map"),
+    ("coco", in_json(lambda c: c["categories"][0].update(name="other"), "train2017"), "have different categories; fix the label map"),
     ("voc", in_xml("dog", "wolf", "trainval_1"), "trainval_1.xml cannot be used (KeyError: 'wolf')"),
     # pixels of the test set
     ("voc", rewrite(PHOTO, deep), "test_1.jpg cannot be used (ValueError: it has more than 8 bits"),
     ("voc", rewrite(PHOTO, lambda old: old[:-20]), "test_1.jpg cannot be used (OSError: image file is truncated"),
     ("voc", rewrite(PHOTO, b"version https://git-lfs"), "test_1.jpg cannot be used (UnidentifiedImageError: "),
     ("voc", lambda root: (root / PHOTO).unlink(), "test_1.jpg cannot be used (FileNotFoundError: "),
-    ("voc", in_xml(">64<", ">0<", "test_1"), "test_1.jpg cannot be used (ValueError: it is 64 x 48, its annotation"),
+    ("voc", in_xml(">64<", ">0<", "test_1"), "test_1.jpg cannot be used (ValueError: it is 64 x 48, but its annotation"),
     ("coco", lambda root: (root / "val2017/501.jpg").unlink(), "501.jpg cannot be used (FileNotFoundError: "),
     # annotations
     ("voc", in_xml("</size>.*", "", "test_1"), "test_1.xml cannot be used (ParseError: "),
@@ -600,7 +600,7 @@ NO_IMAGE, NO_TEST_OBJECT = "no training image has a usable object", "the test se
     ("coco", rewrite(VAL, lambda old: old[:-9]), "instances_val2017.json cannot be used (JSONDecodeError: "),
     ("coco", rewrite(VAL, b"[]"), "instances_val2017.json cannot be used (TypeError: "),
     ("coco", in_json(lambda c: c.pop("annotations")), "instances_train2017.json cannot be used (KeyError: 'annotations')"),
-    ("coco", in_json(lambda c: c["images"].pop()), "train2017.json cannot be used (ValueError: annotation 3 is of image 501 "),
+    ("coco", in_json(lambda c: c["images"].pop()), "train2017.json cannot be used (ValueError: annotation 3 has image 501 "),
     ("coco", in_json(lambda c: c["images"][0].pop("width")), "train2017.json cannot be used (KeyError: 'width')"),
     ("coco", each(bbox=[1, 2, 3]), "train2017.json cannot be used (ValueError: not enough values"),
     ("coco", rewrite(VAL, lambda old: "\ufeff".encode() + old), None)])

@@ -204,8 +204,8 @@ def test_safetensors(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, sentence", [
     ({"layer1.0.conv1.weight": None}, "layer1.0.conv1.weight is absent in the file and .16, 16, 3, 3. in resnet8"),
     ({"conv1.weight": torch.ones(64, 3, 3, 3)}, "conv1.weight is .64, 3, 3, 3. in the file"),  # SupCon's stem
-    ({"layer9.weight": torch.ones(2)}, "layer9.weight is .2,. in the file and absent in resnet8; name the architecture"),
-    ({"conv1.weight": None}, "has no conv1.weight, by itself or below encoder_q., .*; its names begin with bn1, layer1")])
+    ({"layer9.weight": torch.ones(2)}, "layer9.weight is .2,. in the file and absent in resnet8; pass the file's architecture"),
+    ({"conv1.weight": None}, "has no conv1.weight, with or without a prefix .encoder_q., .*; its names begin with bn1, layer1")])
 def test_a_half_loaded_backbone_is_refused(trained, tmp_path, change, sentence):
     torch.save({name: x for name, x in {**trained, **change}.items() if x is not None}, tmp_path / "x.pt")
     with pytest.raises(SystemExit, match=f"^error: .*x.pt .*{sentence}"):

@@ -47,7 +47,7 @@ def test_export(script, tmp_path, capsys, monkeypatch):
     script(export, tmp_path / "moco.pth", "--to", "safetensors", tmp_path / "x.safetensors", "--arch", "resnet10")
     back = safetensors.torch.load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(back[name], x) for name, x in state.items()) and len(back) == len(state)
-    assert f"{len(state)} tensors in {tmp_path}/x.safetensors" in capsys.readouterr().out
+    assert f"wrote {len(state)} tensors to {tmp_path}/x.safetensors" in capsys.readouterr().out
 
 
 def test_what_cannot_be_exported(script, tmp_path):

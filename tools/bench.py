@@ -1,13 +1,14 @@
 """
-What a training step costs in time and memory: ratios, which carry over between machines, and the goals for them.
+What a training step costs in time and memory. Most rows are ratios, because these carry over between machines, and some
+have a goal.
 
-    python tools/bench.py                       # all rows as a Markdown table: three minutes on a CPU
-    python tools/bench.py --only loss memory    # some of them
-    python tools/bench.py > bench.md            # on a GPU: also the samples/s and the memory of a step
+    python tools/bench.py                       # prints all rows as a Markdown table, three minutes on a CPU
+    python tools/bench.py --only loss memory    # prints some of them
+    python tools/bench.py > bench.md            # on a GPU it also measures samples/s and memory of a step
 
-A / B: both are timed in turn, A B A B ..., and the row is the median of the n ratios. Time is CPU time of one thread,
-on a GPU that of CUDA events. Memory is the peak of what torch allocates. The rows that compare with
-pytorch-metric-learning and lightly appear if these are installed.
+For a row "A / B" the two are timed in turn, A B A B ..., and the result is the median of the n ratios. Time is the CPU
+time of one thread, or on a GPU the time between CUDA events. Memory is the peak of what torch allocates. If
+pytorch-metric-learning and lightly are installed, there are rows that compare with them.
 """
 import argparse
 import gc
@@ -42,7 +43,8 @@ from moco import MoCo, freeze_bn_statistics
 from resnet import ARCHS
 from train_linear import linear_heads
 
-# N queries, K keys, d: of the loss alone. arch, images, pixels: of a step; on a CPU 256 images would take a minute
+# The loss alone takes N queries and K keys of d numbers. A step takes `images` images of `pixels` px through `arch`; on
+# a CPU 256 images would take a minute.
 CPU = dict(N=256, K=65536, d=128, arch="resnet50", images=16, pixels=160)
 GPU = dict(CPU, images=256, pixels=224)
 QUICK = dict(N=8, K=16384, d=16, arch="resnet8", images=4, pixels=32)
@@ -64,7 +66,7 @@ def seconds(f, device):
 
 
 def in_turn(a, n, *functions, device=None):
-    """n rounds of each function in turn -> for each its n seconds."""
+    """Time the functions in turn for n rounds. Returns the n times in seconds of each function."""
     for f in functions * 2:
         f()
     gc.collect()
@@ -75,8 +77,8 @@ def in_turn(a, n, *functions, device=None):
 
 
 def peak_memory(f, device):
-    """MiB that f() holds at its peak beyond what was there before."""
-    f()  # what is allocated once and kept does not count
+    """The MiB that f() allocates at its peak, on top of what was allocated before."""
+    f()  # run it once, so that memory which it allocates once and keeps does not count
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -93,7 +95,7 @@ def peak_memory(f, device):
 
 
 def row(what, value, unit="", goal=None, source="", n=1):
-    """A line of the table. A missed goal is bold."""
+    """A line of the table. The measurement is bold if it misses its goal."""
     mark = "**" if goal and value > goal else ""
     measured = f"{mark}{value:.3g}{mark} {unit}".strip()
     return f"| {what} | {measured} | {goal or ''} | {source} | {n} |"
@@ -121,8 +123,8 @@ def with_gradient(loss, q, *inputs, **settings):
 
 
 def two_matmuls(a):
-    """The floor of the loss: q queue^T, and this, instead of its softmax, times queue. Nothing is allocated."""
-    chunk = 1024 if a.device.type == "cpu" else a.K  # the faster way on each
+    """A lower bound for the loss: compute q @ queue.T, skip the softmax, multiply by queue, and allocate nothing."""
+    chunk = 1024 if a.device.type == "cpu" else a.K  # the faster choice on each device
     q, _, queue, _, _ = loss_inputs(a, a.K)
     logits, out = q.new_empty(a.N, min(chunk, a.K)), torch.empty_like(q)
 
@@ -148,7 +150,7 @@ def memory_row(a):
 
 
 def metric_learning(queue, queue_labels, N):
-    """FCL. Its memory takes the batch's keys before the loss is computed: N slots more for them."""
+    """FCL. CrossBatchMemory stores the batch's keys before it computes the loss, so it needs N more slots."""
     from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
     memory = CrossBatchMemory(SupConLoss(temperature=0.07), queue.shape[1], N + len(queue))
     memory.embedding_memory = torch.cat([queue[:N], queue])
@@ -175,8 +177,8 @@ def others_row(a, K=16384):
         one_q, one_k, doubles = q[:1].double(), k[:1].double(), queue.double()
         ours = kcl_loss(one_q, one_k, doubles, labels[:1], queue_labels, num_positives).item()
         theirs = make(doubles, queue_labels, 1)(one_q, one_k, labels[:1]).item()
-        if abs(theirs / ours - 1) > 1e-6:  # one query: in a memory with the batch it would see the others' keys
-            sys.exit(f"error: {package} computes another loss, {theirs} for {ours}; try another version of it")
+        if abs(theirs / ours - 1) > 1e-6:  # with more queries, theirs would also see the keys of the other queries
+            sys.exit(f"error: {package} computes a different loss, {theirs} instead of {ours}; try another version")
 
         functions = [with_gradient(loss, q, k, queue, labels, queue_labels, num_positives=num_positives)
                      for loss in (fast_kcl_loss, kcl_loss)]
@@ -191,7 +193,7 @@ def others_row(a, K=16384):
 # ---- a step
 
 def kcl_step(a, amp=False, compiled=False, parts=1):
-    """A step of train_rep.py from uint8 images on, its calls in its order."""
+    """A step of train_rep.py, beginning with uint8 images, with the same calls in the same order."""
     autocast = torch.autocast(a.device.type, torch.bfloat16, enabled=amp)
     moco = MoCo(ARCHS[a.arch], a.d, a.K, parts=parts).to(a.device, memory_format=torch.channels_last)
     moco.queue_labels.random_(1000)
@@ -261,7 +263,7 @@ def input_row(a):
     to_view = T.Compose([T.RandomResizedCrop(pixels), T.RandomHorizontalFlip(), T.ToTensor(),
                          T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)])
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(count):  # shapes and grain: JPEGs of 100 kB, as ImageNet's
+        for i in range(count):  # shapes and grain make JPEGs of 100 kB, like ImageNet's
             shapes, grain = (Image.fromarray(rng.integers(256, size=size, dtype=np.uint8)).resize((500, 375))
                              for size in ((24, 32, 3), (375, 500, 3)))
             Image.blend(shapes, grain, 0.1).save(f"{folder}/{i}.jpg", quality=95)
@@ -316,7 +318,7 @@ def probe_row(a):
 def gpu_row(a, steps=5):
     if a.device.type == "cpu":
         return
-    for parts, compiled in ((8, False), (8, True), (1, False), (1, True)):    # train_rep.py's default is 8 x 32
+    for parts, compiled in ((8, False), (8, True), (1, False), (1, True)):    # train_rep.py computes 8 x 32 by default
         step = kcl_step(a, amp=True, compiled=compiled, parts=parts)
         times, = in_turn(a, 5, lambda step=step: [step() for _ in range(steps)])
         torch.cuda.reset_peak_memory_stats()
@@ -340,11 +342,11 @@ def hardware(device):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    p.add_argument("--images", type=int, help="in a step: 16, on a GPU 256 by default; fewer where they do not fit")
-    p.add_argument("--quick", action="store_true", help="tiny sizes, n = 2: whether it runs; the figures mean nothing")
+    p.add_argument("--images", type=int, help="images per step; default: 16, on a GPU 256; fewer if they do not fit")
+    p.add_argument("--quick", action="store_true", help="tiny sizes and n = 2, only to see that it runs")
     args = p.parse_args()
 
-    device = ddp.init()  # on a CPU glibc keeps freed memory from here on
+    device = ddp.init()  # on a CPU this also makes glibc keep freed memory
     torch.set_num_threads(1)
     a = argparse.Namespace(**(QUICK if args.quick else GPU if device.type == "cuda" else CPU))
     a.device, a.quick, a.images = device, args.quick, args.images or a.images

@@ -1,12 +1,12 @@
 """
-Pictures of what evaluate.py and make_lt.py have written, each 6.4 in. wide and legible on a phone.
+Draw what evaluate.py and make_lt.py have written. Each picture is 6.4 in. wide and legible on a phone.
 
     python tools/plots.py runs/digits-lt-*-seed0/head.pt runs/digits-lt-*-seed0/linear-lt/head.pt --out runs
     python tools/plots.py data/digits/splits.json
 
-For heads that evaluate.py has scored: accuracy_by_class.png, balancedness.png with the accuracy next to it (Figs 2
-and 4), and features.png, the feature space of each backbone (Fig. 1). Runs that differ only in their seed are averaged.
-For splits.json: class_sizes.png, the sizes of the classes in each list (Fig. 6).
+Heads that evaluate.py has scored give accuracy_by_class.png, balancedness.png with balancedness and accuracy side by
+side (Figs 2 and 4), and features.png with the feature space of each backbone (Fig. 1). The first two average the runs
+that differ only in their seed. splits.json gives class_sizes.png with the class sizes of each list (Fig. 6).
 """
 import argparse
 import itertools
@@ -37,13 +37,13 @@ except ImportError:
 # colours that a colour-blind reader can tell apart (Okabe and Ito 2008)
 OKABE_ITO = {"blue": "#0072B2", "orange": "#E69F00", "sky blue": "#56B4E9", "vermilion": "#D55E00",
              "green": "#009E73", "purple": "#CC79A7", "black": "#000000", "yellow": "#F0E442"}
-# white paper swallows their yellow: grey instead
+# their yellow is hard to see on white, so grey replaces it
 COLOURS = (*list(OKABE_ITO.values())[:-1], "#808080")
 MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
 def style():
-    """The same on every machine. The margin is opaque, so that a dark page does not reach the axes."""
+    """Set one style for all machines. An opaque margin keeps a dark page away from the axes."""
     matplotlib.rcdefaults()
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 11,
                          "legend.fontsize": 10, "legend.frameon": False,
@@ -63,7 +63,7 @@ def label(run, protocol):
 
 
 def largest_first(row):
-    """Sizes and accuracies (in percent) of the classes of an eval.json, (C,) each."""
+    """Class sizes and class accuracies in percent from an eval.json, (C,) each."""
     order = np.argsort(row["counts"], kind="stable")[::-1]
     return np.array(row["counts"])[order], 100 * np.array(row["per_class"])[order]
 
@@ -79,7 +79,7 @@ def draw_accuracy(rows, file):
             marker = None
         ax.plot(accuracy, marker=marker, linestyle=line, label=label(run, protocol))
 
-    # class sizes stand at the ticks if all runs have the same ones
+    # if all runs have the same class sizes, these label the ticks
     sizes = np.sort(rows[0]["counts"])[::-1]
     ax.set_xlabel("classes by size in the run's own training list, largest first")
     if all(sorted(row["counts"]) == sorted(sizes) for row in rows):
@@ -93,7 +93,7 @@ def draw_accuracy(rows, file):
 
 
 def draw_balancedness(rows, file):
-    """Bars of balancedness and of top-1 accuracy, with the standard deviation over seeds."""
+    """Bars for balancedness and top-1 accuracy, with the standard deviation over seeds."""
     runs = over_seeds(rows)
     height = np.arange(len(runs))
     fig, axes = plt.subplots(1, 2, figsize=(6.4, 0.8 + 0.75 * len(runs)))
@@ -109,7 +109,7 @@ def draw_balancedness(rows, file):
     axes[0].set_title(f"balancedness (sigma = {rows[0]['sigma']:g})")
     axes[1].set_title("top-1 accuracy, %")
 
-    for y, (run, protocol, _) in zip(height, runs):  # above its bars, over both panels
+    for y, (run, protocol, _) in zip(height, runs):  # a label above each pair of bars, across both panels
         text = axes[0].text(0, y - 0.2, label(run, protocol), fontsize=10, va="bottom")
         text.set_in_layout(False)
     axes[1].set_zorder(-1)
@@ -117,7 +117,8 @@ def draw_balancedness(rows, file):
 
 
 def pca(x):
-    """Rows x (n, D) on their first two principal components (n, 2), and these components' shares of variance (2,)."""
+    """Project rows x (n, D) onto their first two principal components. Returns the points (n, 2) and the components'
+    shares of the variance (2,)."""
     x = x - x.mean(0)
     variance, V = np.linalg.eigh(x.T @ x)                                 # ascending
     return x @ V[:, :-3:-1], variance[:-3:-1] / max(variance.sum(), 1e-30)
@@ -125,10 +126,10 @@ def pca(x):
 
 @torch.no_grad()
 def feature_space(head, list_name, device, most=2000):
-    """Unit features of about `most` images on their first two principal components, which know no labels.
+    """Project the unit features of about `most` images onto their first two principal components. PCA sees no labels.
 
     Returns points (m, 2), the components' shares of the variance (2,), labels (m,), and the classes shown, largest
-    first, with equally many images each. If there are more than ten, the five largest and the five smallest are shown.
+    first, with equally many images each. Of more than ten classes the five largest and the five smallest are shown.
     """
     shown = np.argsort(head["counts"], kind="stable")[::-1]
     if len(shown) > 10:
@@ -148,7 +149,7 @@ def feature_space(head, list_name, device, most=2000):
 
 
 def feature_panel(ax, head, points, share, labels, shown):
-    """Points of each class, with its number of training images at their mean."""
+    """Draw the points of each class, and at their mean the number of its training images."""
     group = data.groups(head["counts"])
     for i, c in enumerate(shown):
         xy, size = points[labels == c], f"{head['counts'][c]:,}"
@@ -166,7 +167,8 @@ def feature_panel(ax, head, points, share, labels, shown):
 
 
 def draw_features(heads, lists, device, file):
-    """A panel per backbone, the first seed's if there are several. lists: the list that each head was evaluated on."""
+    """Draw one panel per backbone, for the first seed if there are several. lists: the list that each head was
+    evaluated on."""
     runs = {}
     for head, name in zip(heads, lists):
         runs.setdefault(re.sub(r"-seed\d+", "", head["name"]), (head, name))
@@ -188,7 +190,7 @@ def draw_features(heads, lists, device, file):
 
 
 def draw_sizes(lists, file):
-    """Images of each class, largest first. lists: {name: {"counts": class sizes}}."""
+    """Draw the images per class, largest class first. lists: {name: {"counts": class sizes}}."""
     fig, ax = plt.subplots(figsize=(6.4, 4.4))
     styles = zip(itertools.cycle(MARKERS), itertools.cycle(LINES))
     for i, ((name, row), (marker, line)) in enumerate(zip(lists.items(), styles)):
@@ -205,9 +207,9 @@ def draw_sizes(lists, file):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="+", type=Path, help="head.pt that evaluate.py has scored, or one splits.json")
-    p.add_argument("--out", type=Path, default=Path("runs"), help="folder of the pictures; default: runs")
-    p.add_argument("--data", help="the folder that paths in lists start from; default: the head's")
+    p.add_argument("files", nargs="+", type=Path, help="head.pt files that evaluate.py has scored, or one splits.json")
+    p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the pictures; default: runs")
+    p.add_argument("--data", help="the folder that the paths in lists start from; default: the head's")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     style()
@@ -219,7 +221,7 @@ def main():
     for head in heads:
         scored = sorted(head["path"].parent.glob("eval*.json"))
         if not scored:
-            sys.exit(f"error: no eval.json next to {head['path']}; run evaluate.py on it first")
+            sys.exit(f"error: there is no eval.json next to {head['path']}; run evaluate.py on it first")
         of_head = [{"seed": head["seed"], **json.loads(file.read_text())} for file in scored]
         rows += of_head
         lists.append(of_head[0]["list"])

@@ -1,5 +1,5 @@
 """
-Pictures of what a detector finds: the ground truth next to the detections with a score of 0.5 or more.
+Draw what a detector finds: the ground truth next to the detections with a score of at least 0.5.
 
     python tools/show_det.py runs/none/det-digits-fpn-seed0 -n 4
 
@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from det_data import read_datasets, read_pixels, to_mask
 from tools.plots import OKABE_ITO, plt
 
-# of the categories, in turn
+# the categories take these in turn
 COLOURS = [OKABE_ITO[name] for name in ("orange", "sky blue", "green", "yellow", "blue", "vermilion")]
 
 
 def draw(ax, title, image, things, names):
-    """things: annotations or detections of the image. names: {category id: name}."""
+    """Draw the image with its boxes and masks. things: annotations or detections of the image. names: {category id:
+    name}."""
     ax.imshow(read_pixels(image).permute(1, 2, 0))
     ax.set_title(title)
     ax.axis("off")
@@ -40,7 +41,7 @@ def draw(ax, title, image, things, names):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", type=Path, help="the folder that transfer_det.py wrote")
-    p.add_argument("-n", type=int, default=4, help="pictures")
+    p.add_argument("-n", type=int, default=4, help="number of pictures; default: %(default)s")
     args = p.parse_args()
 
     with open(args.run / "log.jsonl") as log:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The main job on the embedded digits: KCL and CE on a long tail of imbalance 100, from nothing to the table.
-# Installs what requirements.txt names into .venv, then takes 2.3 to 4 minutes on 2 CPU cores. Run it again and
-# it resumes. SEED=1 is another run, with other images and another order of the classes. SMOKE=1 trains for one
-# epoch, in runs/smoke.
+# The main experiment on the embedded digits: KCL and CE on a long tail of imbalance 100, from the images to the table.
+# It installs requirements.txt into .venv and then takes 2.3 to 4 minutes on 2 CPU cores. If you run it again it
+# resumes. SEED=1 is a different run, with other images and another order of the classes. SMOKE=1 trains for one epoch,
+# in runs/smoke.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -e .venv ] || python3 -m venv .venv
@@ -21,12 +21,12 @@ train() {
     python train_linear.py $run/backbone.pt --protocol rep --features cached --seed $seed $short
     wait $lt
 }
-# side by side, with half of the cores each. Up to three cores serve both runs, and a thread that waits leaves its core
-# to the other run
+# both losses train side by side, each with half of the cores. With up to three cores they share all of them, and a
+# waiting thread gives up its core to the other run
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=$((cores / 2))
 [ $cores -gt 3 ] || export OMP_NUM_THREADS=$cores OMP_WAIT_POLICY=passive
-# CE's progress bar is the second line, and what it prints goes to a file
+# CE's progress bar takes the second line of the terminal, and what CE prints goes to a file
 mkdir -p $runs
 TQDM_POSITION=1 train ce > $runs/ce.txt & side=$!
 trap 'pkill -P $side || true' EXIT

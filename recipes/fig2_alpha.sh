@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Fig. 2: accuracy and balancedness of CE and CL, trained on ever longer tails, LT0 (balanced) to LT, with
-# classifiers on the balanced set. The paper has a picture without numbers. Look for this: CE's accuracy and
-# balancedness fall with alpha, CL's do not.
+# Fig. 2: accuracy and balancedness of CE and CL, trained on longer and longer tails from LT0 (balanced) to LT, with
+# classifiers trained on the balanced set. The paper shows a picture without numbers. Look for this: CE's accuracy and
+# balancedness fall with alpha, and CL's do not.
 #
-# Data: $IMAGENET as in table2_imagenet_lt.sh; make_lt.py writes the lists of App. B (its formula gives LT0 116
-# images per class, the authors' table has 115: make_lt.py --lt0 authors).
-# 15 hours on 8 A100, estimated and not run here: images x epochs at 16,621 images/s (CE), 12,404 (CL) and 21,744
-# (stage 2: three times TF32 training, since it only runs forward), if the images come as fast; results/bench.md.
-# Run it again and it resumes; finished runs and classifiers are kept. SMOKE=1 tries every line in miniature.
+# Data: $IMAGENET as in table2_imagenet_lt.sh. make_lt.py writes the lists of App. B. The formula gives LT0 116 images
+# per class, but the authors' table has 115; make_lt.py --lt0 authors makes that list.
+# Not run here. It should take 15 hours on 8 A100: images x epochs at 16,621 images/s (CE), 12,404 (CL) and 21,744
+# (stage 2, three times TF32 training because it only runs forward), if images load fast enough (results/bench.md).
+# If you run it again it resumes, and keeps what is finished. SMOKE=1 tries every line in miniature.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 IMAGENET=${IMAGENET:-/path/to/imagenet} GPUS=${GPUS:-8} SEED=${SEED:-0} ALPHAS=${ALPHAS:-lt0 lt2 lt4 lt6 lt8 lt}

@@ -1,12 +1,12 @@
 """
-What the lines of recipes/study.py say about the paper's findings.
+What the results of recipes/study.py say about the paper's findings.
 
-    python recipes/findings.py    # writes results/findings.md, its pictures, and the table of README.md; trains nothing
+    python recipes/findings.py    # writes results/findings.md, its pictures, and the table in README.md; trains nothing
 
 A claim is a difference that is above 0 if the paper is right. All cells of a seed see the same images, so the
 difference is taken seed by seed, and its 95 % interval is Student's t over the seeds. A claim holds if the interval
-lies above 0, is contradicted if it lies below, and is open otherwise. The claims were named before the runs. Those
-of HEADLINE are many looks at one question, so they are judged by Holm's p < 0.05 instead of the interval.
+is above 0, is contradicted if it is below 0, and is open otherwise. The claims were written down before the runs. The
+claims of HEADLINE ask one question many times, so they are judged by Holm's p < 0.05 instead of the interval.
 """
 import json
 import math
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
         2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 
-# ---- the claims: where in the paper, what it says, the column, and the difference of cell/classifier
+# ---- the claims: where in the paper, what it says, the column, and a difference between cell/classifier entries
 
 HEADLINE = [
     # the paper's epochs: KCL 200, CE 90
@@ -122,7 +122,7 @@ CLAIMS = [
     ("Table 1", "detection: CL above CE", "box AP", "det-cl/det - det-ce/det"),
     ("Table 11", "detection: KCL above CL", "box AP", "det-kcl/det - det-cl/det"),
     ("Table 11", "detection: KCL above CE", "box AP", "det-kcl/det - det-ce/det"),
-    # not the paper's: choices that it leaves open, as train_rep.py makes them by default
+    # not claims of the paper, but choices that it leaves open: train_rep.py's defaults against the alternatives
     ("open there", "random positives above the k lowest slots", "top1", "kcl/lt - kcl-first-k/lt"),
     ("open there", "dividing by the positives found above dividing by k + 1", "top1",
      "kcl/lt - kcl-fixed-divisor/lt"),
@@ -132,7 +132,7 @@ CLAIMS = [
      "kcl/lt - kcl-no-fill/lt"),
 ]
 
-# of the table of methods: name -> cell/classifier
+# the rows of the table of methods: name -> cell/classifier
 ROWS = {
     "KCL": "kcl/lt",
     "FCL (all)": "fcl/lt",
@@ -174,7 +174,7 @@ ROWS = {
 # ---- statistics
 
 def interval(x):
-    """The mean of x (n,) and half the width of its 95 % interval, nan for n = 1."""
+    """The mean of x (n,) and half the width of its 95 % interval, which is nan for n = 1."""
     n = len(x)
     if n == 1:
         return x[0], math.nan
@@ -182,7 +182,7 @@ def interval(x):
 
 
 def p_value(x):
-    """The two-sided t-test's p that x (n,) has mean 0: 1 - 2 * the integral of t's density from 0 to |t|."""
+    """The p-value of the two-sided t-test that x (n,) has mean 0: 1 - 2 * the integral of t's density from 0 to |t|."""
     n = len(x)
     t = abs(np.mean(x)) / (np.std(x, ddof=1) / n ** 0.5)
     u = (np.arange(100_000) + 0.5) / 100_000 * t
@@ -192,7 +192,8 @@ def p_value(x):
 
 
 def holm(p):
-    """Adjusted p-values (Holm 1979): if all below 0.05 are rejected, the chance of any mistake is at most 0.05."""
+    """Adjusted p-values (Holm 1979). If all hypotheses with a p below 0.05 are rejected, the chance that any rejection
+    is wrong is at most 0.05."""
     adjusted, largest = np.empty(len(p)), 0.0
     for rank, i in enumerate(np.argsort(p)):
         largest = max(largest, (len(p) - rank) * p[i])
@@ -201,7 +202,7 @@ def holm(p):
 
 
 def judge(lines):
-    """[(paper, claim, column, difference (n,), Holm's p or None, verdict)] of the claims whose cells have lines."""
+    """[(paper, claim, column, difference (n,), Holm's p or None, verdict)] for the claims whose cells have been run."""
     rows = []
     for family in (HEADLINE, CLAIMS):
         found = []
@@ -227,9 +228,10 @@ def judge(lines):
 # ---- the lines
 
 def read(file):
-    """{cell/classifier: {seed: line}}. The last line counts; "before" holds the line without a commit it replaced.
+    """{cell/classifier: {seed: line}}. The last line of a seed counts. If it replaced a line without a commit, that one
+    is kept as its "before".
 
-    Seconds compare only on one machine. Those of any other than the first line's are dropped.
+    Seconds can only be compared on one machine, so only those of the first line's machine are kept.
     """
     lines, first = {}, None
     for line in map(json.loads, file.read_text().splitlines()):
@@ -248,7 +250,7 @@ def read(file):
 
 
 def number(line, column):
-    """Accuracies in percent; "box AP", of a detector, is in percent already."""
+    """The number in a column, accuracies in percent. A detector's "box AP" is in percent already."""
     if " " in column:
         part, measure = column.split()
         return line[part][measure]
@@ -258,7 +260,7 @@ def number(line, column):
 
 
 def difference(lines, column, expression):
-    """(n,): `kcl/lt`, or `a/lt - b/lt + c/rep`, on each seed for which all of its terms have the column."""
+    """Evaluate `kcl/lt`, or `a/lt - b/lt + c/rep`, on each seed for which all terms have the column. Returns (n,)."""
     sign, terms = 1, []
     for word in expression.split():
         if word in ("+", "-"):
@@ -273,7 +275,7 @@ def difference(lines, column, expression):
     return np.array([sum(term[seed] for term in terms) for seed in sorted(seeds)])
 
 
-# ---- the tables. A cell is a text, or (column, expression), which stands for its mean and 95 % interval
+# ---- the tables. A cell is a text, or (column, expression), which is shown as its mean and 95 % interval
 
 TAIL = ("top1", "many", "medium", "few", "balancedness")
 BALANCED = ("top1", "few", "balancedness")
@@ -301,7 +303,7 @@ def show(x, column, sign=""):
 
 
 def table(lines, header, rows):
-    """Markdown. If cells are numbers, the second column is n. A row whose cells have not been run is left out."""
+    """A Markdown table. If it has numbers, its second column is n. A row whose cells have not been run is left out."""
     text, has_n = "", False
     for name, *cells in rows:
         texts, seeds = [], set()
@@ -330,8 +332,8 @@ def columns(names, expression):
 
 
 def methods_table(lines):
-    """One row per classifier of ROWS. The numbers on the balanced set are the representation's: they stand in the row
-    of its first classifier. CPU seconds are the mean over the runs and over the trials of its learning rate."""
+    """One row per classifier of ROWS. The numbers on the balanced set belong to the representation, so they are in the
+    row of its first classifier. CPU seconds are the mean over the runs and the trials of the method's learning rate."""
     seen, rows, tried = set(), [], tried_rates(lines)
     for name, expression in ROWS.items():
         if expression not in lines:
@@ -372,7 +374,7 @@ def claims_table(rows, kind):
 
 
 def tried_rates(lines):
-    """{method: {rate: cell/classifier}} of the runs that chose a learning rate."""
+    """{method: {rate: cell/classifier}} for the runs that chose a learning rate."""
     tried = {}
     for name in lines:
         if name.startswith("tune-"):
@@ -396,7 +398,7 @@ def rates_table(lines):
 
 
 def commits_table(lines):
-    """Each cell/classifier that was run again, before and now on the same seeds, and what the rows say together."""
+    """Each cell/classifier that was run again, before and now on the same seeds, and a summary of the rows."""
     rows, mixed, commits, agree = [], [], set(), Counter()
     for name, of_seed in lines.items():
         now = {seed: line for seed, line in of_seed.items() if "before" in line}
@@ -425,17 +427,17 @@ def commits_table(lines):
 
     header = " | n | top-1 before | now | difference | beta before | now | difference"
     text = table({}, header, rows)
-    text += (f"\nThe new lines are of {' and '.join(sorted(commits))}. The 95 % interval of the "
-             f"difference holds 0 in {agree['top1']} of {len(rows)} rows for top-1, "
+    text += (f"\nThe new lines are from commit {' and '.join(sorted(commits))}. The 95 % interval of the "
+             f"difference contains 0 in {agree['top1']} of {len(rows)} rows for top-1, "
              f"and in {agree['balancedness']} for beta.\n")
     if mixed:
-        text += (f"Only some seeds are new in {', '.join(mixed)}: their means mix old and new lines, "
+        text += (f"Only some seeds are new in {', '.join(mixed)}. The means of these cells mix old and new lines, "
                  "but each difference is taken seed by seed, on the same images.\n")
     return text
 
 
 def changed_verdicts(lines):
-    """One line per claim whose verdict the replaced lines would not have given."""
+    """One line per claim whose verdict would be different with the lines that were replaced."""
     before = {}
     for cell, of_seed in lines.items():
         before[cell] = {seed: line.get("before", line) for seed, line in of_seed.items()}
@@ -453,37 +455,38 @@ def changed_verdicts(lines):
 PAGE = """# The paper's findings in miniature
 
 ```
-python recipes/study.py       # trains and evaluates; run again, it resumes
-python recipes/findings.py    # this page, from the lines of results/study.jsonl
+python recipes/study.py       # trains and evaluates; if you run it again, it resumes
+python recipes/findings.py    # makes this page from the lines of results/study.jsonl
 ```
 
-The data are the embedded digits in clutter, 10 classes. The long tail, alpha = 1, has 864 images, from 350 down to
+The data are the embedded digits in clutter, in 10 classes. The long tail, alpha = 1, has 864 images, from 350 down to
 3 per class, and each seed puts the classes in another order. Unless a row says otherwise, contrastive losses train
-for 200 epochs and classification losses for 90, the paper's numbers. Numbers are means with 95 % intervals
-(Student's t) over n seeds. They are in percent, except for beta, whose sigma is 0.1. Learning rates were chosen on
-val with seeds 10 to 13; the seeds that are reported start at 100.
-Runs, one thread each: {machines}.
+for 200 epochs and classification losses for 90, as in the paper. Numbers are means with 95 % intervals (Student's t)
+over n seeds. They are in percent, except for beta, the balancedness of the class accuracies with sigma = 0.1.
+Learning rates were chosen on val with seeds 10 to 13; the seeds that are reported start at 100.
+The runs, with one thread each: {machines}.
 
 "Long tail" means a classifier trained on the long-tailed list with class-balanced sampling (on CE features this is
 cRT), or the head that was trained together with the features. "Balanced set" means a classifier trained on all
-3,500 images, which measures the feature space. Here each image is encoded once and not augmented; the paper
+3,500 images, which measures the feature space. Here each image is encoded once and not augmented, whereas the paper
 augments it again in every epoch.
 
 ## The claims
 
-The claims have stood in [recipes/findings.py](../recipes/findings.py) since before the runs, each as a difference
-that is above 0 if the paper is right. *Ours* are those at equal epochs and at equal CPU time, a comparison that the
-paper does not make. KCL's learning rate is younger than the claims: it was chosen again after test results had been
-seen ([below](#learning-rates)).
+The claims were written into [recipes/findings.py](../recipes/findings.py) before the runs, each as a difference that is
+above 0 if the paper is right. The claims marked *ours* are at equal epochs or at equal CPU time, comparisons that the
+paper does not make. Those marked *open there* compare the default with an alternative where the paper leaves a choice
+open. KCL's learning rate is younger than the claims: it was chosen again after test results had been seen
+([below](#learning-rates)).
 
 The {headline} claims with a p-value form one family: KCL against CE, FCL and LDAM-DRW at the paper's epochs, at
-equal epochs and at equal CPU time. A claim of the family is **open** unless Holm's p is below 0.05; if it is, the
-claim **holds** when the difference is above 0 and is **contradicted** when it is below. The other {others} are
-judged by their 95 % intervals: above 0, below 0, or open. They are not corrected for their number: if all their
-differences were 0, about {by_chance:.1f} would leave the list of open ones.
+equal epochs and at equal CPU time. A claim of the family is **open** unless Holm's p is below 0.05. If it is, the
+claim **holds** when the difference is above 0 and is **contradicted** when it is below 0. The other {others} claims are
+judged by their 95 % intervals: they hold above 0, are contradicted below 0, and are open otherwise. They are not
+corrected for their number: if all their differences were 0, about {by_chance:.1f} of them would not be open.
 
 The family has 20 seeds, the ends of Fig. 2 have 10, and everything else has 5, which takes 2.5 CPU hours per seed.
-The plan for these was 10 seeds, until two rows had 7.
+Everything else was planned with 10 seeds too; the plan was cut to 5 when two rows had 7.
 
 ### Hold
 
@@ -497,20 +500,20 @@ The plan for these was 10 seeds, until two rows had 7.
 ## Every method
 
 {methods}
-"KCL minus it" is taken on the seeds that both have, with the same images and the same order of the classes; use it to
-compare rows of different n. The rows are not all from the same machine and the same version of torch, which round
-differently. On one GPU KCL minus joint CE is {gpu_joint}, minus cRT {gpu_crt}.
+"KCL minus it" is KCL's top-1 minus the row's, on the seeds that both have, with the same images and the same order of
+the classes. Use it to compare rows with different n. The rows do not all come from the same machine and version of
+torch, and these round differently. On one GPU KCL minus joint CE is {gpu_joint}, and KCL minus cRT is {gpu_crt}.
 
 CE's 280 epochs take the CPU time of KCL's 200: measured in turn on one core, a KCL step took 1.38 times as long as
-a CE step. CPU seconds compare on one machine only, {machine}. A method that ran elsewhere shows the seconds of its
-trials, and one that was run again elsewhere keeps the seconds of its first runs. They change by a fifth from day to
-day.
+a CE step. CPU seconds can only be compared on one machine, here {machine}. A method that ran elsewhere shows the
+seconds of its trials, and one that was run again elsewhere keeps the seconds of its first runs. The seconds change by a
+fifth from day to day.
 
 ## Accuracy and balancedness against alpha (Fig. 2)
 
-{fig2}The classifier is trained on the balanced set. KCL is {kcl_lt0} above CE at alpha 0 already, whereas the paper
-chose the epochs so that both are level on balanced data. CL, which sees no label, is far below both and has little
-to lose: its beta does not compare with theirs.
+{fig2}The classifier is trained on the balanced set. Already at alpha 0 KCL is {kcl_lt0} above CE, whereas the paper
+chose the epochs so that both are level on balanced data. CL, which sees no labels, is far below both and has little
+to lose, so its beta cannot be compared with theirs.
 
 {alphas}
 ## New classes (Fig. 3)
@@ -521,47 +524,50 @@ these five (source), or of the other five (target).
 {new_classes}
 ## Near and far classes (Table 4)
 
-The representation is trained on all images of five classes, the source. The paper's *independent* halves share no
-super class. Digits have none: 0-4 and 5-9 are independent in name only, so a verdict on them does not judge the
-paper's. These runs are from a GPU, an H200.
+The representation is trained on all images of five classes, the source. The other five are the target, and the gap is
+the accuracy on the source minus that on the target. The paper's *independent* halves share no super class. Digits have
+no super classes, so 0-4 and 5-9 are independent in name only, and a verdict on them does not judge the paper's claim.
+These runs are from a GPU, an H200.
 
 {halves}
 ## How many positives (Fig. 5)
 
-{fig5}The numbers are in the table of methods. The points have different n: to compare two k, use the claims, which
-take common seeds.
+{fig5}The numbers are in the table of methods. The points have different n. To compare two values of k, use the claims,
+which take common seeds.
 
 ## Detection (Tables 1, 5)
 
-A Mask R-CNN is fine-tuned on scenes of digits, from backbones of the long tail. A seed draws the backbone's
-training, the detector's, and the order of the scenes.
+A Mask R-CNN is fine-tuned on scenes of digits. It starts from a backbone that was trained on the long tail. A seed
+draws the training of the backbone, the training of the detector, and the order of the scenes.
 
 {detection}
 ## On a GPU
 
-The cells ce and kcl, run with the same commands on one H100. recipes/study.py itself hides a GPU, so that these runs
-and those of Table 4 were started without it. The GPU's convolutions round to TF32, and it draws other random numbers.
-The GPU's lines are of d8cbf2d or before, the CPU's lines that are subtracted are of the new draws.
+These are the cells ce and kcl, run with the same commands on one H100. recipes/study.py hides the GPU, so these runs
+and those of Table 4 were started without it. The GPU's convolutions round to TF32, and it draws different random
+numbers. The GPU's lines are from commit d8cbf2d or earlier. The CPU's lines that are subtracted have the new draws (see
+below).
 
 {gpu}
 ## Which lines are of which commit
 
-The lines of results/study.jsonl without a commit are of d8cbf2d or before, whose random draws were others (another
-order of random numbers, the same distribution), and the cells listed below were run once more; on the rest of this
-page the last line of a seed counts.
+The lines of results/study.jsonl without a commit are from d8cbf2d or earlier. The random draws have changed since then:
+the numbers come in another order, but from the same distribution. The cells listed below were run once more with the
+new draws. On the rest of this page the last line of a seed counts.
 
 {commits}
-fcl, ldam-drw and ce-280 have ten new seeds, since with the first five one interval of each left 0 out.
-Verdicts that changed with the draws:
+fcl, ldam-drw and ce-280 have ten new seeds, because with the first five one interval of each did not contain 0.
+These verdicts changed with the draws:
 
 {changed_verdicts}
 ## Learning rates
 
-Top-1 on val over four seeds; CE's is that of cRT. SSP, CE's samplers and CE's 200 and 280 epochs take CE's rate,
-and all variants of KCL take KCL's. CL's is the lowest that was tried. At first only two seeds, 10 and 11, chose,
-and KCL had the rate 0.1 (the last row of the table of methods). Two seeds cannot tell 0.1 from 0.3, so all rates
-were chosen again with four, after the test results with 0.1 had been seen. Four seeds cannot either: on val, KCL
-with 0.3 is {rates_differ} above KCL with 0.1.
+The table has top-1 on val, as the mean over four seeds. CE's is that of cRT. The best rate, in bold, is used. SSP, CE
+with other samplers, and CE with 200 and 280 epochs take CE's rate, and all variants of KCL take KCL's. CL's rate is the
+lowest that was tried. At first only two seeds, 10 and 11, chose the rates, and KCL had 0.1 (the last row of the table
+of methods). Two seeds cannot tell 0.1 from 0.3, so all rates were chosen again with four seeds, after the test results
+with 0.1 had been seen. Four seeds cannot tell them apart either: on val, KCL with 0.3 is {rates_differ} above KCL with
+0.1.
 
 {rates}"""
 
@@ -579,7 +585,7 @@ def page(lines):
     for name, of_seed in lines.items():
         for seed, line in of_seed.items():
             machine_of[name.partition("/")[0], seed] = line["machine"]
-    machines = Counter(machine_of.values())  # that of the first line first
+    machines = Counter(machine_of.values())  # the first line's machine comes first
 
     # Figs 2 and 3
     alphas, new_classes = [], []
@@ -647,7 +653,7 @@ STYLES = {  # curve -> colour and marker
 
 
 def curve(ax, x, samples, name):
-    """Means of samples [(n,)] with the band of their 95 % intervals."""
+    """Draw the means of samples [(n,)] and a band with their 95 % intervals."""
     mean, half = np.array([interval(sample) for sample in samples]).T
     color, marker = STYLES[name]
     ax.plot(x, mean, marker, color=color, linestyle="-", label=name)
@@ -671,13 +677,13 @@ def pictures():
 
 
 def complete(lines, curves):
-    """Whether each point has 5 seeds: with fewer its band would hide the picture."""
+    """Whether each point has at least 5 seeds. With fewer, its band would hide the picture."""
     points = [point for sides in curves.values() for side in sides for point in side]
     return all(len(lines.get(point, ())) >= 5 for point in points)
 
 
 def two_panels(lines, file, x, xlabel, curves):
-    """Top-1 and balancedness of an entry of pictures()."""
+    """Draw top-1 and balancedness for an entry of pictures()."""
     fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.4), layout="constrained")
     columns_and_labels = (("top1", "top-1, %"), ("balancedness", "balancedness"))
     for side, (ax, (column, ylabel)) in enumerate(zip(axes, columns_and_labels)):
@@ -690,7 +696,7 @@ def two_panels(lines, file, x, xlabel, curves):
 
 
 def tail(lines, file):
-    """The picture on top of README.md: the accuracy of each class against its training images."""
+    """Draw the picture at the top of README.md: the accuracy of each class against its training images."""
     fig, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     few = []
     for name, expression, label, shift in (  # shift of x, so that no bar hides another
@@ -752,7 +758,7 @@ def against(lines):
 
 
 def with_numbers(readme, lines):
-    """The text of README.md with the numbers between its markers."""
+    """The text of README.md with new numbers between its markers."""
     for name, text in (("against", against(lines)),):
         begin = f"<!-- {name} -->\n"
         before, found, rest = readme.partition(begin)

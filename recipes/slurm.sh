@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs train_rep.py on several machines, with one torchrun on each. The arguments are those of train_rep.py:
+# Runs train_rep.py on several machines, with one torchrun on each. Pass it the arguments of train_rep.py:
 #   sbatch recipes/slurm.sh --loss kcl --data /path/to/imagenet --list ImageNet_LT_train.txt --out runs/kcl --amp
-# Two minutes before its time is over the job queues itself again, and then resumes from its last checkpoint, which is
-# written at the end of each epoch. Every machine must see --out. Not run here.
+# Two minutes before its time is up, the job queues itself again. Then it resumes from its last checkpoint, which is
+# written at the end of each epoch. Every machine must see --out. This was not run here.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

@@ -3,7 +3,7 @@ Tiny data sets of random pixels in the layouts of the real ones, for SMOKE=1 and
 
     python recipes/stand_ins.py runs/smoke    # imagenet, inat2018, places365, data/cifar10 and 100, VOCdevkit, coco
 
-Writes about 600 images of at most 96 px in a second. What is trained on them means nothing.
+It writes about 600 images of at most 96 px in a second. Results on them mean nothing.
 """
 import json
 import sys
@@ -19,8 +19,8 @@ def image(file, rng, side=64):
 
 
 def imagenet(root):
-    """Four classes with the published lists. train/ has 11 images of each: 8, 4, 3 and 2 of them are the long tail, and
-    2 are for validation. val/ has 2 of each, the test list."""
+    """Four classes with the published lists. train/ has 11 images per class: 8, 4, 3 and 2 of them form the long tail,
+    and 2 per class are for validation. val/ has 2 per class, which are the test list."""
     rng, lists = np.random.RandomState(0), {"train": [], "val": [], "test": []}
     held_out = {9: "val", 10: "val", 11: "test", 12: "test"}
     sizes = {"n01440764": 8, "n01443537": 4, "n02110341": 3, "n04127249": 2}
@@ -37,7 +37,7 @@ def imagenet(root):
 
 
 def inat18(root):
-    """Three classes with 6, 4 and 3 images, and 2 of each in val2018.json."""
+    """Three classes with 6, 4 and 3 training images, and 2 per class in val2018.json."""
     rng = np.random.RandomState(0)
     for part, sizes in (("train", (6, 4, 3)), ("val", (2, 2, 2))):
         labels = [c for c, n in enumerate(sizes) for _ in range(n)]
@@ -50,7 +50,7 @@ def inat18(root):
 
 
 def class_folders(root, parts, classes, side, kind):
-    """parts {folder: images of each class}."""
+    """Write random images of each class. parts: {folder: images per class}."""
     rng = np.random.RandomState(0)
     for part, n in parts.items():
         for name in classes:
@@ -59,12 +59,12 @@ def class_folders(root, parts, classes, side, kind):
 
 
 def places365(root):
-    # make_lt.py holds out 20 of each class
+    # make_lt.py holds out at most a fifth of each class, here 4 of 24
     class_folders(root, {"train": 24, "val": 2}, ("airfield", "alley", "bakery"), 64, "jpg")
 
 
 def cifar(root):
-    """As make_lt.py unpacks it, with the 100 images per class that an imbalance of 100 needs."""
+    """The layout that make_lt.py unpacks, with the 100 images per class that an imbalance of 100 needs."""
     class_folders(root, {"train": 100, "test": 2}, ("apple", "bear"), 32, "png")
 
 
@@ -75,7 +75,7 @@ OBJECT = """<object><name>{name}</name>{difficult}<bndbox><xmin>{box[0]}</xmin><
 
 
 def voc(root):
-    """Two images per list, in VOCdevkit's layout."""
+    """Two images per list in VOCdevkit's layout."""
     for year, split in (("2007", "trainval"), ("2012", "trainval"), ("2007", "test")):
         folder, names = root / f"VOC{year}", [f"{split}_{i}" for i in range(2)]
         for sub in ("JPEGImages", "Annotations", "ImageSets/Main"):
@@ -92,7 +92,7 @@ def voc(root):
 
 
 def coco(root):
-    """Two images per split in COCO's layout, with gaps in the ids, one crowd and one box without a width."""
+    """Two images per split in COCO's layout. The ids have gaps, and there are one crowd and one box of width 0."""
     (root / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
         (root / split).mkdir()

@@ -1,18 +1,20 @@
 """
-The paper's findings on the embedded digits. Trains and evaluates every cell of results/findings.md except the GPU's
-and appends one line per classifier to results/study.jsonl, from which recipes/findings.py makes the page.
+The paper's findings on the embedded digits. This script trains and evaluates every cell of results/findings.md except
+those of the GPU. It appends one line per classifier to results/study.jsonl, which recipes/findings.py turns into the
+page.
 
-    python recipes/study.py                    # everything, most important first; run again, it resumes
+    python recipes/study.py                    # everything, most important first; if you run it again, it resumes
     python recipes/study.py --only headline    # one block, or one cell
-    python recipes/study.py --smoke            # one epoch and one seed of each cell, into runs/smoke
+    python recipes/study.py --smoke            # one epoch and one seed per cell, into runs/smoke
 
 A cell is a representation (stage 1) with its classifiers (stage 2). A seed draws the digit images, the order of the
 classes, the weights, the order of the images and the positives, so all cells of a seed see the same images. A line
 holds the commands, the project's commit, the machine, the commands' CPU seconds on one thread (without the time that
 Python takes to start), and what evaluate.py found.
 
-Every method's learning rate is chosen on val, in four trials on four seeds that no reported run uses. A variant takes
-its method's rate. Stage 2 chooses among its eight rates, and tau-norm among 21 values of tau, on each run's val list.
+The learning rate of each method is chosen on val among four rates, on four seeds that no reported run uses. A variant
+takes its method's rate. On each run's val list stage 2 chooses among its eight rates, and tau-norm among 21 values of
+tau.
 """
 import argparse
 import importlib
@@ -57,7 +59,7 @@ STAGE2 = {
     "lt": "--protocol lt",
     "rep": REP,
     "lws": "--classifier lws",
-    # the backbone saw half of the classes: classifiers for that half, for the other half, for all
+    # if the backbone saw half of the classes: classifiers for that half, for the other half, and for all classes
     "source": REP,
     "target": REP + " --list {half}_target/train_full.txt --out {out}/target",
     "full": REP + " --list train_full.txt --out {out}/full",
@@ -75,7 +77,7 @@ FILES = {
     "full": "full/eval.json",
     "det": "det/results.json",
 }
-# what a line keeps of that file
+# what a line keeps from that file
 KEPT = ("list", "chosen", "top1", "many", "medium", "few", "balancedness", "std",
         "per_class", "counts", "box", "mask")
 # what --smoke adds to a command
@@ -85,18 +87,18 @@ SHORT = {
     "transfer_det.py": " --iterations 2 --train-scenes 16 --test-scenes 8 --precise-bn 1",
 }
 
-# method: None starts from random weights. init: the method whose backbone stage 1 starts from
+# method: None means that detection starts from random weights. init: the method whose backbone stage 1 starts from
 Cell = namedtuple("Cell", "name method flags classifiers init", defaults=("", ("lt", "rep"), None))
 
 
 def blocks():
-    """[(name, seeds, cells)], most important first. A cell without --epochs has train_rep.py's default."""
+    """[(name, seeds, cells)], most important first. A cell without --epochs takes train_rep.py's default."""
     ce = ("joint", "tau", "lt", "rep")
     headline = [
         Cell("kcl", "kcl"),
         Cell("ce", "ce", classifiers=(*ce, "lws", "ncm")),
         Cell("ce-200", "ce", "--epochs 200", ce),  # KCL's epochs
-        Cell("ce-280", "ce", "--epochs 280", ce),  # KCL's CPU time: its step takes 1.4 of CE's
+        Cell("ce-280", "ce", "--epochs 280", ce),  # KCL's CPU time: a KCL step takes as long as 1.4 CE steps
         Cell("fcl", "fcl"),
         Cell("ldam-drw", "ldam-drw", classifiers=("joint", "rep")),
     ]
@@ -104,7 +106,7 @@ def blocks():
     ends, fig2, fig3 = [Cell("cl", "cl")], [], []
     for alpha in ("lt0", "lt2", "lt4", "lt6", "lt8", "lt"):
         for loss in ("ce", "cl", "kcl"):
-            if alpha != "lt":  # those of lt are above
+            if alpha != "lt":  # the cells of lt are above
                 block = ends if alpha == "lt0" else fig2
                 block.append(Cell(f"{loss}-{alpha}", loss, f"--list train_{alpha}.txt", ("rep",)))
             flags = f"--list overlap_source/train_{alpha}.txt"
@@ -150,7 +152,7 @@ def trials(method, lrs=LRS):
 
 
 def chosen(lines, method, lrs=LRS):
-    """The rate with the best mean top-1 on val over the seeds; on a tie the smaller one."""
+    """The rate with the best mean top-1 on val over the seeds. If there is a tie, the smaller one."""
     def on_val(lr):
         return sum(line["top1"] for line in lines if line["cell"] == f"tune-{method}-{lr:g}")
     return max(sorted(lrs), key=on_val)
@@ -159,7 +161,7 @@ def chosen(lines, method, lrs=LRS):
 def plan(cell, seed, rates, runs):
     """{classifier: the commands that train it}, and the command that evaluates all of them (None for detectors)."""
     detects = cell.classifiers == ("det",)
-    # transfer_det.py's test scenes share no digit with data/digits; with the images of another seed they would
+    # transfer_det.py's test scenes share no digit with data/digits, but they would with the images of another seed
     images = "data/digits" if detects else f"data/digits-seed{seed}"
     out = f"{runs}/{cell.name}-seed{seed}"
 
@@ -199,7 +201,7 @@ def plan(cell, seed, rates, runs):
     if "ncm" in cell.classifiers:
         flags += " --ncm"
     if cell.name.startswith("tune-"):
-        flags += " --list val.txt"  # the test list chooses nothing
+        flags += " --list val.txt"  # nothing is chosen on the test list
     return commands, f"evaluate.py {heads}{flags} --workers 0"
 
 
@@ -218,7 +220,7 @@ def git_commit():
 
 
 def as_command(command, log):
-    """What the fork of run() does."""
+    """Run a command in the fork that run() made, and append its output to log."""
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -239,7 +241,7 @@ def run(command, log):
 
 
 def measure(task, runs, file, smoke, commit):
-    """Run a cell with a seed and append its lines to file. A cell that was stopped half-way starts over."""
+    """Run a cell with one seed and append its lines to file. A cell that was stopped half-way starts over."""
     cell, seed, rates = task
     out = runs / f"{cell.name}-seed{seed}"
     shutil.rmtree(out, ignore_errors=True)
@@ -283,8 +285,8 @@ def main():
     p.add_argument("--only", nargs="+", help=f"blocks or cells; blocks: {names}")
     p.add_argument("--seeds", type=int, nargs="+",
                    help="default: 100 to 119 for the headline, 100 to 109 for the ends of Fig. 2, else 100 to 104")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--smoke", action="store_true", help="one epoch, trial and seed each, into runs/smoke")
+    p.add_argument("--jobs", type=int, default=2, help="number of runs at a time, with one thread each")
+    p.add_argument("--smoke", action="store_true", help="one epoch, one trial and one seed per cell, into runs/smoke")
     args = p.parse_args()
     runs, file, lrs, tune_seeds = Path("runs/study"), Path("results/study.jsonl"), LRS, TUNE_SEEDS
     if args.smoke:
@@ -294,17 +296,17 @@ def main():
 
     os.chdir(ROOT)
     runs.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a fork copies no other thread
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CPU seconds compare methods
+    os.environ["OMP_NUM_THREADS"] = "1"  # must be set before torch is imported, because a fork loses torch's threads
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # methods are compared by CPU seconds
     sys.path.insert(0, str(ROOT))
     for script in ("make_lt", "train_rep", "train_linear", "evaluate", "transfer_det"):
         importlib.import_module(script)  # once for all forks
-    # asked here, since the forks run the code that has just been imported, whatever is committed meanwhile
+    # ask for it now, because the forks run the code that has just been imported, whatever is committed later
     commit = git_commit()
     measure_one = partial(measure, runs=runs, file=file, smoke=args.smoke, commit=commit)
 
     def work(title, tasks):
-        """Measure those of tasks, [(cell, seed, rates)], that have no line yet."""
+        """Measure the tasks, [(cell, seed, rates)], that have no line yet."""
         measured = {(line["cell"], line["seed"]) for line in read(file)}
         tasks = [task for task in tasks if (task[0].name, task[1]) not in measured]
         if not tasks:
@@ -318,7 +320,7 @@ def main():
         if args.only:
             cells = [cell for cell in cells if {block, cell.name} & set(args.only)]
 
-        # a method's learning rate is chosen when its first cell is due
+        # choose a method's learning rate when its first cell comes up
         methods = [cell.method for cell in cells] + [cell.init for cell in cells]
         for method in dict.fromkeys(filter(None, methods)):
             if method not in rates:

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Table 2: long-tailed recognition on ImageNet-LT, and Fig. 4: how balanced the same representations are.
-# ResNet-50's top-1 in the paper (later authors warn that the groups move with stage 2's learning rate and batch:
-# compare on "all"):
+# Table 2: long-tailed recognition on ImageNet-LT, and Fig. 4: how balanced the same representations are. The top-1 of
+# ResNet-50 in the paper is below. Compare on "all", because later authors warn that the groups move with stage 2's
+# learning rate and batch:
 #              all    many / medium / few
-#   CE, SL-i   42.5   64.9 / 35.2 / 6.8; classes of exactly 20 images are few here: evaluate.py calls them medium
+#   CE, SL-i   42.5   64.9 / 35.2 / 6.8; here classes of exactly 20 images are few, but evaluate.py calls them medium
 #   tau-norm   46.7   56.6 / 44.2 / 27.4
 #   cRT        47.3   the number of Kang et al. 2020
 #   FCL               between cRT and KCL
 #   KCL        51.5   47.3 + the 4.2 of the paper's text
-# Five runs of KCL by Li et al. 2022 have 51.2 to 51.6, but with other settings (two-layer head, colour jitter, weight
-# decay 1e-4, another stage 2, the best epoch on test), so they are no replicates.
+# Five runs of KCL by Li et al. 2022 have 51.2 to 51.6, but they are not replicates, because their settings differ
+# (two-layer head, colour jitter, weight decay 1e-4, another stage 2, the best epoch on test).
 # Fig. 4: KCL is more balanced than CE with any sampler, and more accurate than all others.
 #
-# Data: $IMAGENET with train/<wnid>/*.JPEG, val/<wnid>/*.JPEG and ImageNet_LT_{train,val,test}.txt of Liu et al. 2019;
-# make_lt.py writes its lists there too.
-# 8 hours on 8 A100, estimated and not run here: images x epochs at 16,621 images/s (CE), 12,404 (CL, FCL, KCL) and
-# 21,744 (stage 2: three times TF32 training, since it only runs forward), if the images come as fast;
-# results/bench.md.
-# Run it again and it resumes; finished runs and classifiers are kept. SMOKE=1 tries every line in miniature.
+# Data: $IMAGENET has train/<wnid>/*.JPEG, val/<wnid>/*.JPEG and ImageNet_LT_{train,val,test}.txt of Liu et al. 2019.
+# make_lt.py also writes its lists there.
+# Not run here. It should take 8 hours on 8 A100: images x epochs at 16,621 images/s (CE), 12,404 (CL, FCL, KCL) and
+# 21,744 (stage 2, three times TF32 training because it only runs forward), if images load fast enough
+# (results/bench.md).
+# If you run it again it resumes, and keeps what is finished. SMOKE=1 tries every line in miniature.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 IMAGENET=${IMAGENET:-/path/to/imagenet} GPUS=${GPUS:-8} SEED=${SEED:-0}
 if [ "${SMOKE:-}" ]; then . recipes/smoke.sh; fi
 torchrun="torchrun --nproc_per_node=$GPUS" runs=runs/seed$SEED
-# 8 x 32 images, the default, on 1, 2, 4 or 8 GPUs. The paper does not name its precision, the hours are for --amp.
-# --compile takes a step of 256 images from 95 to 62 ms on an H100 (results/bench.md)
+# the batch is 8 x 32 images, the default, on 1, 2, 4 or 8 GPUs. The paper does not name its precision; the hours are
+# for --amp. --compile shortens a step of 256 images from 95 to 62 ms on an H100 (results/bench.md)
 lt="--data $IMAGENET --list ImageNet_LT_train.txt --amp --compile --seed $SEED"
 
 python make_lt.py --dataset imagenet --data $IMAGENET
@@ -38,8 +38,8 @@ $torchrun train_rep.py --loss cl  $lt --out $runs/imagenet-lt-cl                
 $torchrun train_rep.py --loss fcl $lt --out $runs/imagenet-lt-fcl                                           # 0.5 h
 $torchrun train_rep.py --loss kcl $lt --out $runs/imagenet-lt-kcl                                           # 0.5 h
 
-# Table 2: classifiers trained with class-balanced sampling, which on CE is cRT. The learning rates are the authors';
-# without --lr the validation list chooses among eight, in 1.03 times the time (on an H100)
+# Table 2: classifiers trained with class-balanced sampling. On CE's features that is cRT. The learning rates are the
+# authors'. Without --lr the validation list chooses among eight, which takes 1.03 times as long (on an H100)
 $torchrun train_linear.py $runs/imagenet-lt-ce/backbone.pt --lr 0.1 --seed $SEED                            # a minute
 for run in $runs/imagenet-lt-{cl,fcl,kcl}; do
     $torchrun train_linear.py $run/backbone.pt --lr 30 --seed $SEED        # 0.15 h

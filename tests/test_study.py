@@ -193,8 +193,8 @@ def test_the_last_line_of_a_seed_counts(tmp_path):
     assert header == "|  | n | top-1 before | now | difference | beta before | now | difference |"
     assert kcl == "| kcl/lt | 3 | 50.0 ± 0.0 | 50.0 ± 5.0 | +0.0 ± 5.0 | 0.600 ± 0.000 | 0.610 ± 0.000 | +0.010 ± 0.000 |"
     assert ce_200.startswith("| ce-200/lt | 2 | 50.0 ± 0.0 | 55.1 ± 1.3 | +5.1 ± 1.3 |")
-    assert agree.startswith("The new lines are of abc1234.") and agree.endswith("holds 0 in 1 of 2 rows for top-1, and in 1 for beta.")
-    assert "only some seeds are new in ce-200 (2 of 3 seeds):" in mixed.lower()
+    assert agree.startswith("The new lines are from commit abc1234.") and agree.endswith("contains 0 in 1 of 2 rows for top-1, and in 1 for beta.")
+    assert "only some seeds are new in ce-200 (2 of 3 seeds)." in mixed.lower()
 
 
 def test_a_rate_is_below_its_number(tmp_path):

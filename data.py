@@ -3,8 +3,8 @@ The data code that all three stages share: list files, images and samplers.
 
 A data set is a folder plus list files with one `relative/path label` per line. An image is decoded once for all of its
 views. It stays uint8, a quarter of float32's bytes, until it is normalised on the device. The images that an epoch
-draws, and how each is augmented, depend only on the seed, the epoch and the position in the epoch. The number of ranks
-and of data workers makes no difference.
+draws, and how each is augmented, depend only on the seed, the epoch and the position in the epoch, not on the number
+of ranks or data workers.
 """
 import contextlib
 import functools

@@ -4,7 +4,7 @@ Make the list files that everything else starts from. A list file has one line p
     python make_lt.py                                # write the embedded digits, in clutter, to data/digits (10 s)
     python make_lt.py --seed 1 --out data/digits1    # other images, and the classes in another order
     python make_lt.py --dataset imagenet --data X    # the paper's splits, from the published lists in X
-    python make_lt.py --dataset inat18 --data X      # places365 works the same way
+    python make_lt.py --dataset inat18 --data X      # or --dataset places365
     python make_lt.py --dataset cifar100 --imbalance 100                                  # downloads to data/cifar100
     python make_lt.py --dataset folder --data X --long-tail exponential --imbalance 50    # your own images
     python make_lt.py --dataset folder --data X --long-tail imagenet-lt    # ImageNet-LT's class sizes, other images
@@ -349,12 +349,12 @@ def main():
     names, full, val, test = sources.class_folders(root, args.dataset, args.holdout, args.seed)
     tail, tail_images = long_tail(args, full)
 
-    # every training list takes the beginning of one order of the images; here are the order and the lists' class sizes
+    # put the images in one order and compute the class sizes of every training list, which takes the order's beginning
     ordered = order_images(full, tail_images, args.seed)
     available = [len(paths) for paths in ordered]
     family = family_counts(tail, args.lt0) if tail else {"lt": available}
 
-    # near alpha = 0 a list may need more images of a small class than exist. Such a list is left out, but not train_lt
+    # near alpha = 0 a list may need more images of a small class than exist and is left out; train_lt must not be
     splits = {}
     for name, sizes in {"full": available, **family}.items():
         c = int(np.argmax(np.array(sizes) - available))

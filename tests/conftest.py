@@ -47,7 +47,7 @@ def copy(tmp_path_factory):
 
 @pytest.fixture
 def script(monkeypatch):
-    """script(train_rep, "--loss", "kcl", ...): a script's main in this process, as its command line would run it."""
+    """script(train_rep, "--loss", "kcl", ...) runs a script's main in this process, as its command line would."""
     def run(module, *args):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         ddp.run(module.main)
@@ -55,7 +55,7 @@ def script(monkeypatch):
 
 
 def as_rank(rank, world, port, module, args, output):
-    """One of torchrun's processes, forked: it need not import torch again."""
+    """Be one of torchrun's processes, but as a fork, which need not import torch again."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stdout = sys.stderr = open(output, "a", buffering=1)
@@ -66,8 +66,8 @@ def as_rank(rank, world, port, module, args, output):
 
 @pytest.fixture
 def ranks(tmp_path):
-    """ranks(2, "train_rep", "--loss", "kcl", ...): a script's main on so many ranks; returns what they print. Those that
-    have not ended after `seconds` are killed, and fail."""
+    """ranks(2, "train_rep", "--loss", "kcl", ...) runs a script's main on that many ranks and returns what they print. Ranks
+    that have not ended after `seconds` are killed, and the test fails."""
     def run(world, module, *args, seconds=120):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))

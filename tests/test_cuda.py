@@ -1,11 +1,12 @@
 """
-The CUDA paths without a GPU: tensors that lie in the CPU's memory, say that they are on cuda:0 and refuse what CUDA
-refuses, through all three stages and detection; what comes out is the CPU's to the bit.
+The CUDA paths, tested without a GPU. Tensors lie in the CPU's memory, but claim to be on cuda:0 and refuse what CUDA
+refuses. They go through all three stages and detection, and the results must equal the CPU's to the bit.
 
-Refused: a call on tensors of both devices (but copies, indices, numbers), numpy, a generator of the other device, pinning
-of elements that overlap, a file that only a GPU can read. Counted: what makes the host wait for the device. Only a GPU
-can show: CUDA's kernels and their rounding (bf16, cuDNN, foreach) and what else torch's C++ chooses by device, NCCL and
-DDP, copies and streams that really run beside the host, pinning threads, --compile, memory, speed.
+The tensors refuse a call on tensors of both devices (except copies, indices and numbers), numpy, a generator of the
+other device, pinning of elements that overlap, and a file that only a GPU can read. What makes the host wait for the
+device is counted. Only a GPU can show the rest: CUDA's kernels and their rounding (bf16, cuDNN, foreach) and what else
+torch's C++ chooses by device, NCCL and DDP, copies and streams that really run next to the host, pinning threads,
+--compile, memory, and speed.
 """
 import functools
 import json
@@ -48,7 +49,7 @@ def on_gpu(x):
 
 
 class Cuda(torch.Tensor):
-    """All that ATen does to it, in backward too, comes through __torch_dispatch__."""
+    """Everything that ATen does to this tensor, in the backward pass too, goes through __torch_dispatch__."""
     __torch_function__ = torch._C._disabled_torch_function_impl
     device, is_cuda, is_cpu = GPU, True, False
 
@@ -87,7 +88,7 @@ class Cuda(torch.Tensor):
 
 
 class Devices(TorchFunctionMode):
-    """Calls that name a device: torch would look for the GPU before ATen is asked."""
+    """Catches calls that name a device, because torch would look for the GPU before it asks ATen."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -151,7 +152,8 @@ def gpu(monkeypatch, script):
 
 
 def same(a, b):
-    """The files of two runs, but for times and paths; results.json, with AP, follows from detections.json."""
+    """Assert that two runs wrote the same files, except for times and paths. results.json is skipped, because its AP
+    follows from detections.json."""
     names = [sorted(str(f.relative_to(x)) for f in x.rglob("*.*") if f.name != "results.json") for x in (a, b)]
     assert names[0] == names[1] != []
     for x, y in ((a / name, b / name) for name in names[0]):
@@ -185,7 +187,7 @@ def test_what_is_refused_and_counted():
 
 @pytest.fixture(scope="module")
 def lists(digits, tmp_path_factory):
-    """80 images to train on, three steps of 24 an epoch; 40 to choose, 40 to test."""
+    """Lists of 80 images for training, which is three steps of 24 per epoch, 40 for validation and 40 for testing."""
     root = tmp_path_factory.mktemp("lists")
     for name, n in ("train_full.txt", 80), ("val.txt", 40), ("test.txt", 40):
         lines = (digits / name).read_text().splitlines(keepends=True)
@@ -195,7 +197,7 @@ def lists(digits, tmp_path_factory):
 
 @pytest.mark.parametrize("loss", ["kcl", "cl", "fcl", *baselines.LOSSES, "ldam --drw", "kcl --aug sup --amp --virtual-gpus 2"])
 def test_three_stages(loss, gpu, script, digits, lists, tmp_path, monkeypatch):
-    """On the GPU stage 1 is killed after its first epoch and goes on. Steps of stages 1 and 2 do not wait for the device."""
+    """On the GPU, stage 1 is killed after its first epoch and resumes. Steps of stages 1 and 2 do not wait for the device."""
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     rate, alive = train_rep.learning_rate, []
     monkeypatch.setattr(train_rep, "learning_rate", lambda *args: rate(*args) if args[2] < 0.5 or alive else alive.pop())

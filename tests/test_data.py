@@ -183,14 +183,14 @@ def test_groups():
 
 @pytest.mark.parametrize("options", [dict(quality=90), dict(quality=30, subsampling=0), dict(progressive=True)])
 def test_jpeg_decodes_as_with_pil(options):
-    """One level is what another version of the same library underneath may round otherwise."""
+    """A difference of one level is allowed, because another version of the JPEG library may round differently."""
     for image in (photo(), photo(81, 63, seed=1), photo().convert("L"), photo(mode="CMYK")):
         content = encoded(image, "JPEG", **options)
         assert (data.decode(content).int() - pixels(Image.open(io.BytesIO(content))).int()).abs().max() <= 1
 
 
 def test_other_formats_decode_exactly():
-    """The stored colours, alpha dropped, also where it is in the palette; EXIF's quarter turn is not applied."""
+    """The stored colours come out. Alpha is dropped, even if it is in the palette, and EXIF's quarter turn is ignored."""
     image, palette, rgba = photo(), photo().quantize(64), photo(mode="RGBA")
     grey, exif = image.convert("L"), Image.Exif()
     exif[0x112] = 6
@@ -245,8 +245,8 @@ COLOURS = {"noise": torch.randint(256, (3, 60, 80), generator=torch.Generator().
 
 @pytest.mark.parametrize("name", COLOURS)
 def test_hue_is_torchvisions_to_one_level(name):
-    """The lattice has black, white and all saturated colours. A multiple of a sixth of a turn is a kink. Hardly any
-    pixel differs at all."""
+    """The lattice has black, white and all saturated colours. Multiples of a sixth of a turn are kinks of the function.
+    Hardly any pixel differs at all."""
     image = COLOURS[name]
     before, differ, turns = image.clone(), [], [i / 60 for i in range(-30, 31)] + [-1e-4, 1e-4, -0.4999, 0.4999]
     for turn in turns:
@@ -317,7 +317,7 @@ def test_normalize(digits):
 # ---- augmentations of a batch
 
 def test_affine_is_torchvisions(digits):
-    """At the same angle, shift and scale: to one level."""
+    """With the same angle, shift and scale, to within one level."""
     images = data.ImageList(digits, "val.txt", DIGITS)
     images = torch.stack([images[i][0][0] for i in range(0, 500, 10)])    # (50, 3, 32, 32)
     u = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
@@ -466,7 +466,7 @@ def test_simclr_against_torchvision_image_by_image():
 
 @pytest.mark.parametrize("aug", ["affine", "cifar", "simclr"])
 def test_in_memory_augmentation_depends_on_the_draw_alone(digits, monkeypatch, aug):
-    """Two ranks' batches together are that of one process."""
+    """The batches of two ranks together are the batch of one process."""
     images = data.ImageList(digits, "val.txt", DIGITS, aug, num_views=2)
 
     def batches():

@@ -378,7 +378,7 @@ def test_voc_names_with_blanks_and_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_exif_orientation(tmp_path, orientation, kind):
-    """Applied, as in detectron2."""
+    """The orientation is applied, as in detectron2."""
     stored = Image.fromarray(np.random.RandomState(0).randint(0, 256, (6, 8, 3), np.uint8)).resize((64, 48))
     exif = Image.Exif()
     exif[0x112] = orientation
@@ -514,7 +514,7 @@ def test_the_protocol(monkeypatch, tmp_path):
 # ---- bad input: one sentence
 
 def in_xml(old, new, name="*"):
-    """The annotations of VOC with `new` instead of `old`, which `.*` ends."""
+    """Write `new` instead of `old` into VOC's annotations. If `old` ends in `.*`, `new` also replaces all that follows."""
     def change(root):
         for file in root.glob(f"VOC*/Annotations/{name}.xml"):
             text = file.read_text()
@@ -524,7 +524,7 @@ def in_xml(old, new, name="*"):
 
 
 def in_json(change, splits="*"):
-    """COCO's annotations after change(dictionary)."""
+    """Apply change(dictionary) to COCO's annotations."""
     def changed(root):
         for file in root.glob(f"annotations/instances_{splits}.json"):
             content = json.loads(file.read_text())
@@ -534,7 +534,7 @@ def in_json(change, splits="*"):
 
 
 def each(splits="*", **entries):
-    """Every annotation of COCO with these entries. None deletes one."""
+    """Give these entries to every annotation of COCO. None deletes an entry."""
     def change(content):
         for a in content["annotations"]:
             a |= entries

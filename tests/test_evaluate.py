@@ -139,8 +139,8 @@ def test_table_of_an_uneven_test_list(capsys):
 
 @pytest.fixture(scope="module")
 def heads(digits, tmp_path_factory):
-    """Two runs of random backbones: a joint CE head and a linear one, which is a class-balanced one by its name; and
-    another run's linear one. And lists of 100 images for test and val, of 108 for training."""
+    """The heads of two runs with random backbones. The first has a joint CE head and a linear one, whose name says that it
+    is class-balanced. The second has a linear one. The lists have 100 images for test and val, and 108 for training."""
     root = tmp_path_factory.mktemp("heads")
     for name, source, every in (("test.txt", "test.txt", 10), ("val.txt", "val.txt", 5), ("lt.txt", "train_lt0.txt", 8)):
         (root / name).write_text("".join((digits / source).read_text().splitlines(keepends=True)[::every]))
@@ -194,8 +194,8 @@ def test_heads_together_score_as_each_alone_and_encode_once(script, heads, monke
 
 
 def test_the_bias_is_the_heads_alone_and_sigma_reaches_beta(script, heads, tmp_path, capsys):
-    """With a bias of 99 for class 4 every image is of class 4, but for tau-norm and NCM, which have none. Per class, since
-    top-1 may tell one image less."""
+    """With a bias of 99 for class 4 every image is assigned to class 4, except by tau-norm and NCM, which have no bias. The
+    classes are compared one by one, because top-1 could hide a difference of one image."""
     shutil.copy(heads[0].with_name("backbone.pt"), tmp_path)
     head = torch.load(heads[0], weights_only=True)
     head["bias"] = 99.0 * (torch.arange(10) == 4)
@@ -385,7 +385,7 @@ def test_another_list_leaves_the_numbers_of_the_test_list(script, heads, name):
 
 
 def test_groups_change_the_groups_alone(script, heads):
-    """And not the class means of --ncm."""
+    """They do not change the class means of --ncm."""
     script(evaluate, heads[0], "--ncm", "--workers", 0)
     before = written(heads[:1])
     script(evaluate, heads[0], "--ncm", "--groups", "train_lt.txt", "--workers", 0)

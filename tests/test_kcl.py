@@ -143,7 +143,7 @@ def test_fast_loss_has_the_same_value_and_gradient(B, K, classes, num_positives,
 
 
 class LargestResult(TorchDispatchMode):
-    """The most numbers in a tensor that an operation gives back, and the operations that would wait for a GPU."""
+    """Records the size of the largest tensor that an operation returns, and the operations that would wait for a GPU."""
     WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount"}
 
     def __init__(self):

@@ -221,7 +221,7 @@ def test_an_end_of_the_grid_is_said_but_not_of_a_tie(linear, capsys, monkeypatch
     ("folder", "kcl", train_linear.LR_GRID, [0.0], (3,), (0.3, 0)),          # no tie
     ("folder", "ce", [1, 0.1], [1e-4, 0.0], (0, 1), (1, 0))])
 def test_a_tie_on_val(dataset, loss, lrs, decays, right, expected, capsys):
-    """Classifiers of which those in `right` say class 1, which is right, and the others 0."""
+    """The classifiers in `right` predict class 1, which is right, and the others predict class 0."""
     pairs = [(lr, decay) for lr in lrs for decay in decays]
     heads = [lambda x, m=m: torch.eye(2)[[int(m in right)] * len(x)] for m in range(len(pairs))]
     args = Namespace(dataset=dataset, loss=loss, lr=lrs, val="val.txt")
@@ -300,7 +300,7 @@ def test_defaults_are_those_of_the_data_set_and_the_loss(parsed, tmp_path):
 @pytest.mark.parametrize("val", ["val.txt", "none"])
 @pytest.mark.parametrize("kind, loss", train_linear.DEFAULTS)
 def test_each_default_is_its_tables_and_a_flag_wins(parsed, kind, loss, val):
-    """As the log says what the backbone is, and as flags do."""
+    """Whether the log says what the backbone is, or flags do."""
     row = train_linear.DEFAULTS[kind, loss]
     assert set(row) == {"epochs", "batch", "lr", "schedule", "weight_decay", "aug", "workers"}
     settings = dict(arch="resnet8", dataset={"photos": "inat18", "cifar": "cifar100", "digits": "digits"}[kind], data="X",
@@ -377,7 +377,8 @@ def test_bad_input_is_one_sentence(linear, args, sentence):
 
 @pytest.mark.parametrize("which", ["val", "list"])
 def test_a_list_that_numbers_the_classes_otherwise(script, digits, run, tmp_path, which):
-    """Than the training list if it chooses, than the backbone's if it trains: no score and no group would be right."""
+    """A list that chooses must agree with the training list, and one that trains with the backbone's. Otherwise no score
+    and no group would be right."""
     for name in ("backbone.pt", "small.txt", "val.txt"):
         shutil.copy(run / name, tmp_path)
     settings = dict(arch="resnet8s", dataset="digits", data=str(digits), list=str(tmp_path / "small.txt"), loss="kcl",

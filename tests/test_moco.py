@@ -114,7 +114,7 @@ def test_state_dict_carries_pointer_and_shuffle():
 
 @pytest.mark.parametrize("arch, published", [("resnet20", 0.27), ("resnet32", 0.46)])
 def test_cifar_resnets_have_the_published_size(arch, published):
-    """He et al. 2016, Table 6: 3x3 convolutions, two numbers a BatchNorm channel, the fc; no weights in shortcuts."""
+    """He et al. 2016, Table 6: 3x3 convolutions, two numbers per BatchNorm channel, the fc; no weights in shortcuts."""
     n = (int(arch[6:]) - 2) // 6
     widths = [3] + [16] * (1 + 2 * n) + [32] * 2 * n + [64] * 2 * n
     exact = sum(9 * i * o + 2 * o for i, o in zip(widths, widths[1:])) + 64 * 10 + 10

@@ -32,7 +32,7 @@ def numbers(text):
 
 
 def quoted(file):
-    """The comment at the top of a recipe, without its lines on data and hours; of the README the table of the paper."""
+    """A recipe's comment at the top, without its lines on data and hours. From README.md the table of the paper."""
     text = file.read_text()
     if file.name == "README.md":
         rows = text[text.index("| paper | its top-1"):text.index("By hand, with 8 GPUs")].splitlines()

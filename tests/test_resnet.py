@@ -34,7 +34,7 @@ def below(prefix, state):
 
 
 def scrambled(state):
-    """The same names and shapes, other numbers: what must not be taken."""
+    """Tensors with the same names and shapes but other numbers, which must not be taken."""
     return {name: x + 1 for name, x in state.items()}
 
 

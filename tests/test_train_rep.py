@@ -168,7 +168,7 @@ def test_contrastive_steps(variant, small, script, tmp_path, float64):
 
 
 def in_words(loss, network, logits, labels, epoch):
-    """The losses on logits, of functions that test_baselines.py holds against loops, with their papers' settings."""
+    """The classification losses, built with their papers' settings from functions that test_baselines.py checks."""
     n = torch.tensor(COUNTS)
     deferred = baselines.effective_number_weights(n, 0.9999).double() if epoch >= 0.8 * EPOCHS else None
     if loss == "bbn":
@@ -341,7 +341,7 @@ def start(tmp_path):
 
 
 def assert_starts_from(model, state, tensors):
-    """So many tensors of the model, all but those of heads and queue, are the file's."""
+    """Exactly `tensors` tensors of the model, all except those of heads and queue, equal the file's."""
     found = 0
     for name, x in model.state_dict().items():
         in_file = re.sub(r"^(encoder_q|encoder_k|encoder|backbone)\.|\b(conventional|rebalanced)\.", "", name)

@@ -39,7 +39,7 @@ def one_queue(rank, device, images, labels):
 
 
 def bytes_received(rank, device):
-    """(W - 1) / W of the uint8 images in the mean, and the other ranks' keys of d fp32 and int64 labels."""
+    """On average a rank receives (W - 1) / W of the uint8 images, and the other ranks' keys of d fp32 and int64 labels."""
     moco, b, d, received, images = MoCo(small, dim=5, K=10).to(device), 4, 5, [], 0
     all_gather, all_to_all = dist.all_gather, dist.all_to_all_single
 

@@ -1,5 +1,10 @@
 """
 What a run leaves behind: its checkpoint, its classifier, and its log, whose first line has the command and settings.
+
+If a run is killed, type the same command. It resumes after the last epoch that was saved, and draws the same random
+numbers as an uninterrupted run. Rank 0 saves ckpt.pt at the end of an epoch if the last save is SAVE_EVERY seconds old,
+so you lose the epoch in progress and perhaps short ones before it. Other settings than before are refused, except those
+in MAY_DIFFER. --restart deletes the run and starts over.
 """
 import hashlib
 import json
@@ -34,7 +39,7 @@ def sha256(file):
 
 
 def same_list(trained):
-    """Exit if a training list has changed since the training. Then the data folder was rebuilt under the same name, and
+    """Exit if a training list has changed since the training: the data folder was rebuilt under the same name, and
     training images may silently have become test images. trained: the settings of a run, or a head.pt."""
     name = trained.get("counts_of", trained["list"])
     files = [file for file in (Path(trained["data"]) / name, Path(name)) if file.is_file()]

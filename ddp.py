@@ -2,14 +2,14 @@
 The process group: `python x.py` starts one process, `torchrun --nproc_per_node=N x.py` starts N, called ranks.
 
 The table compares one process with eight in train_rep.py, for a batch of 256 photographs. Training depends on how many
-images BatchNorm sees, so one process splits the batch into 8 parts of 32 (--virtual-gpus 8). --batch and --lr are for
-all processes together. Rank 0 writes the files.
+images BatchNorm sees, so by default one process splits the batch into 8 parts of 32 (--virtual-gpus 1 keeps it whole).
+--batch and --lr are for all processes together. Rank 0 writes the files.
 
                 one process                                 eight processes
     data        takes all draws of an epoch                 each takes every eighth draw of the same epoch
     seeds       one per step and part                       one per step and rank, the same numbers
     BatchNorm   sees 8 parts of 32 images in turn           sees 32 images per rank
-    statistics  the first part updates the running ones     rank 0, which has the same images, saves its own
+    statistics  the first part updates the running ones     rank 0 saves its own, of the same images
     shuffle     the keys' images move between the 8 parts   they move between ranks, as uint8
     gather      returns its input                           returns keys and labels of all ranks, in rank order
     gradients   are averaged over the parts, without DDP    DDP averages them over the ranks
@@ -17,7 +17,7 @@ all processes together. Rank 0 writes the files.
 
 The batch is not split for digits, CIFAR and the losses that need it whole (--loss supcon, kcl-batch, bbn). BatchNorm
 then sees all images on one process and an eighth of them on eight. This trains differently, so the name of a run on
-eight ends in -8ranks.
+eight ends in -8ranks. Parts, seeds and gradients are in the loop `for j in range(parts)` of train_rep.main.
 """
 import atexit
 import ctypes

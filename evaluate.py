@@ -7,8 +7,8 @@ Stage 3: accuracy (all, many / medium / few) and balancedness of classifiers, si
     torchrun --nproc_per_node=8 evaluate.py runs/imagenet-ImageNet_LT_train-kcl-seed0/linear-lt/head.pt
 
 Balancedness (beta, eq. 3) says how equal the class accuracies are on the test list. The paper measures it for
-a feature space (Figs 2, 4) with a linear classifier trained on the balanced set: `train_linear.py --protocol rep`. For
-any other head, beta describes features and classifier together.
+a feature space (Figs 2, 4) with a linear classifier trained on the balanced set: `train_linear.py --protocol rep`. With
+a head of the long-tailed list, beta describes features and classifier together.
 
 It prints one table and writes eval.json next to each head, with accuracies in [0, 1] and null for an empty group. If
 --list is not the test list, the file is called on_LIST_eval.json. Runs that differ only in their seed get an extra row

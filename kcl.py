@@ -38,10 +38,11 @@ def choose_positives(same_class, num_positives=6, first_k=False):
 
 def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.07,
              fixed_divisor=False, drop_unused=False, first_k=False, reduction="mean"):
-    """The k-positive contrastive loss, eq. 4: the mean over queries i of
+    """The k-positive contrastive loss, eq. 4 except for the divisor (see fixed_divisor): the mean over queries i of
     1/(1 + number drawn) * sum over positives j of -log softmax_j([q.k, q.queue^T] / T).
     The positives of a query are the key of its own image and num_positives keys of its class, drawn from the
-    queue. If the queue has fewer keys of the class, all of them are positives.
+    queue. If the queue has fewer keys of the class, all of them are positives. An older key of the same image counts
+    like any other.
 
     q              (B, d)  queries, unit rows
     k              (B, d)  keys: the other view of the same images, unit rows. k and queue get no gradient
@@ -55,8 +56,8 @@ def kcl_loss(q, k, queue, labels, queue_labels, num_positives=6, temperature=0.0
                            number as num_positives. The default divides by 1 + the number found, as the authors'
                            code does, so that tail classes do not lose weight
     drop_unused            remove from the denominator the same-class keys that were not drawn
-    first_k                take the lowest slots of the class. The authors' code does this: it calls topk on a
-                           0/1 mask
+    first_k                take the lowest slots of the class, as the authors' code does: its topk of a 0/1 mask
+                           finds only ties
     reduction              "mean" returns a scalar, "none" the loss per query (B,)
 
     The loss is computed in fp32 under autocast and for half-precision inputs; float64 stays float64. It is finite

@@ -11,9 +11,9 @@ Momentum contrast: a query encoder, a key encoder that follows it, and a queue o
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        moco.enqueue(keys, key_labels)                                    # 5. last: backward needs the old queue, and
-                                                                          # if the loss saw the new one, a query's
-                                                                          # own key would count twice
+        moco.enqueue(keys, key_labels)                                    # 5. after backward, which reads the old
+                                                                          # queue; before the loss, a query's own
+                                                                          # key would count twice
 The queue starts as random vectors without a class. moco.fill_queue(batches), where a batch is (im_k, labels), replaces
 them with real keys.
 
@@ -47,8 +47,8 @@ class MoCo(nn.Module):
     m        momentum of the key encoder
     seed     seed of the shuffle across ranks, the same on every rank
     parts    J: split each rank's batch of J * b images into J parts and encode them one by one. W ranks then train as
-             W * J ranks would: BatchNorm sees b images, keys are shuffled over all parts, and the queue has the
-             order of W * J ranks. Part j of rank r is called virtual rank r + W * j; it has images j, j + J, ...
+             W * J ranks would: BatchNorm sees b images, keys are shuffled over all parts, and they enter the queue
+             in the order of W * J ranks. Part j of rank r is called virtual rank r + W * j; it has images j, j + J, ...
     """
 
     def __init__(self, encoder, dim=128, K=65536, m=0.999, seed=0, parts=1):

@@ -6,8 +6,9 @@ Stage 2: train a linear classifier on the frozen features of a backbone.
     torchrun --nproc_per_node=8 train_linear.py runs/imagenet-ImageNet_LT_train-kcl-seed0/backbone.pt
     python train_linear.py moco_v2_800ep.pth.tar --loss cl --arch resnet50 --dataset imagenet --data X
 
---protocol lt trains on the backbone's long-tailed list and draws every class equally often. For a CE backbone this is
-cRT, a new head on frozen features.
+--protocol lt trains on the backbone's long-tailed list. Each draw takes a class at random and one of its images. For a
+CE backbone this is cRT: a new linear head, drawn from N(0, 0.01) and trained with CE on the features of the backbone in
+eval mode. The authors' code starts from the joint head instead (results/differences.md).
 --protocol rep trains on the full, balanced list and uses every image once per epoch.
 --classifier lws learns one scale per class for the head that was trained together with the backbone.
 --classifier ldam trains a cosine classifier with LDAM-DRW instead of CE, as in the published KCL runs on CIFAR-LT.
@@ -41,8 +42,8 @@ from resnet import ARCHS, load_backbone
 
 LR_GRID = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]  # 0.1 is usual for CE features, 30 is MoCo's for contrastive ones
 
-# Defaults by kind of data and by the backbone's loss, classification or contrastive. Flags override them. lr is used
-# only with --val none; otherwise the validation list chooses from LR_GRID.
+# Defaults by kind of data and by the backbone's loss, classification or contrastive. Flags override them. With a
+# validation list, which chooses from LR_GRID, lr only breaks ties.
 COMMON = dict(schedule="cosine", weight_decay=[0.0], workers=data.workers_per_rank())
 PHOTOS = dict(COMMON, batch=256, aug="sup")
 CIFAR = dict(COMMON, batch=128, aug="cifar", epochs=30)

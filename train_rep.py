@@ -7,7 +7,7 @@ Stage 1: train a representation with KCL or a method it is compared with: CE, CL
 
 Writes to --out:
     log.jsonl      the first line has command, settings and versions; then comes a line every --log-every steps
-    ckpt.pt        saved after an epoch, at most once a minute, and after the last; the same command resumes from it
+    ckpt.pt        saved at the end of an epoch if the last save is a minute old; the same command resumes from it
     head.pt        the classifier that was trained with the encoder; only classification losses have one
     backbone.pt    written last: a plain state_dict with torchvision's names, without the fc
 Next: train_linear.py.
@@ -40,9 +40,9 @@ from resnet import ARCHS, fit, load_backbone, with_head
 
 KCL_FAMILY = ("kcl", "cl", "fcl")  # they take k, no, or all same-class keys of the queue
 
-# The hyper-parameters: first for all runs, then per kind of data, then what a loss changes. Flags override them. Those
-# for photographs are from BalFeat, the authors' code. Those for CIFAR-LT are from Cao et al. 2019, except the cosine
-# schedule, queue and m, which are our choice.
+# The hyper-parameters. Later rows override earlier ones: all, kind of data, (kind, loss), loss. Flags override them.
+# all and photos are from BalFeat, the authors' code: KCL on ImageNet-LT has lr 0.1 with a cosine. cifar is from Cao et
+# al. 2019, except queue and m, which are our choice.
 DEFAULTS = {
     "all": dict(epochs=200, lr=0.1, schedule="cosine", sampler="instance"),
     # ImageNet-LT, iNaturalist, Places365
@@ -372,7 +372,7 @@ def main():
                 if parts > 1:
                     freeze_bn_statistics(net, j > 0)  # only the first part updates the running statistics
                 net.require_backward_grad_sync = j == parts - 1
-                x, y = to_input(images[j::parts]), labels[j::parts]       # (b, 3, H, W), (b,)
+                x, y = to_input(images[j::parts]), labels[j::parts]       # (b, 3, H, W), (b,), as local_keys
                 with amp:
                     z = net(x).float()                                    # (b, d), or logits (b, C)
                 if queued:
@@ -384,8 +384,8 @@ def main():
                 total += loss.detach() / parts
             optimizer.step()
 
-            # enqueue last: backward needs the old queue, and if the loss saw the new one, a query's own key
-            # would count twice
+            # enqueue after backward, which still reads the slots that this overwrites. Before the loss would be
+            # wrong too: a query's own key would be in the queue and count twice
             if queued:
                 model.enqueue(keys, key_labels)
             bar.update()

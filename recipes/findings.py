@@ -327,6 +327,39 @@ def table(lines, header, rows):
     return f"| {header} |\n" + "|---" * (header.count("|") + 1) + "|\n" + text
 
 
+CIFAR = {  # row: (its eval.json in results/cifar/seed<n>, published top-1)
+    "CE, joint": ("ce", "70.4"),
+    "CE, cRT": ("ce/linear-lt", "-"),
+    "LDAM-DRW": ("ldam-drw", "77.0"),
+    "FCL in the batch (SupCon)": ("supcon/linear-lt", "-"),
+    "KCL, queue": ("kcl/linear-lt", "-"),
+    "KCL in the batch": ("kcl-batch/linear-lt", "-"),
+    "KCL in the batch, published protocol": ("published/ldam-lt", "77.6"),
+    "balanced set: CE": ("ce/linear-rep", "-"),
+    "balanced set: FCL in the batch": ("supcon/linear-rep", "-"),
+    "balanced set: KCL, queue": ("kcl/linear-rep", "-"),
+    "balanced set: KCL in the batch": ("kcl-batch/linear-rep", "-"),
+}
+
+
+def cifar_table():
+    """CIFAR-10-LT, one row per classifier, with the published top-1. The groups are thirds by class size."""
+    text = "|  | n | top-1 | 3 largest classes | 3 smallest | beta | published |\n|" + "---|" * 7 + "\n"
+    for name, (folder, published) in CIFAR.items():
+        files = sorted((ROOT / "results/cifar").glob(f"seed*/cifar10-lt100-{folder}/eval.json"))
+        found = [json.loads(file.read_text()) for file in files]
+        if not found:
+            text += f"| {name} | - | not run here | | | | {published} |\n"
+            continue
+        top1 = np.array([scored["top1"] for scored in found]) * 100
+        accuracies = np.array([scored["per_class"] for scored in found]) * 100    # (n, C), largest class first
+        beta = np.array([scored["balancedness"] for scored in found])
+        cells = [show(top1, "top1"), show(accuracies[:, :3].mean(1), "top1"), show(accuracies[:, -3:].mean(1), "top1"),
+                 show(beta, "balancedness")]
+        text += f"| {name} | {len(found)} | {' | '.join(cells)} | {published} |\n"
+    return text
+
+
 def columns(names, expression):
     return [(name, expression) for name in names]
 
@@ -580,6 +613,7 @@ def page(lines):
     texts["commits"] = commits_table(lines)
     texts["changed_verdicts"] = changed_verdicts(lines)
     texts["rates"] = rates_table(lines)
+    texts["cifar"] = cifar_table()
 
     machine_of = {}  # a run has a line per classifier
     for name, of_seed in lines.items():
@@ -700,8 +734,8 @@ def tail(lines, file):
     fig, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     few = []
     for name, expression, label, shift in (  # shift of x, so that no bar hides another
-            ("CE, joint", "ce/joint", "plain CE", 1.04),
-            ("CE, cRT", "ce/lt", "CE with a new classifier (cRT)", 1),
+            ("CE, joint", "ce-200/joint", "plain CE", 1.04),
+            ("CE, cRT", "ce-200/lt", "CE with a new classifier (cRT)", 1),
             ("KCL", "kcl/lt", "KCL", 0.96)):
         few.append(f"{label} {difference(lines, 'few', expression).mean():.0f} %")
         accuracy = []  # per seed, largest class first
@@ -713,10 +747,10 @@ def tail(lines, file):
         ax.errorbar(sizes * shift, mean, half, color=color, marker=marker, capsize=3, label=label)
     ax.axvspan(20, 2.5, color="0.92", zorder=0)
     ax.set(xscale="log", xlim=(420, 2.5), ylim=(0, 100),
-           xlabel="training images of the class (each of 10 digits)",
+           xlabel="training images in the class",
            ylabel="test accuracy of the class, %",
-           title=f"Test accuracy on classes with fewer than 20 images (grey):\n{', '.join(few)}")
-    ax.legend(loc="lower left", title=f"mean of {len(accuracy)} seeds, 95 % interval")
+           title=f"Digits: test accuracy on classes with fewer than 20 images (grey):\n{', '.join(few)}")
+    ax.legend(loc="lower left", title=f"200 epochs each, mean of {len(accuracy)} seeds,\n95 % interval")
     ax.set_xticks(sizes, sizes)
     ax.minorticks_off()
     fig.savefig(file)
@@ -737,23 +771,22 @@ def draw(lines, folder):
 # ---- the texts
 
 def against(lines):
-    """README.md's table: CE as it was trained in three ways, and KCL minus it on common seeds."""
-    cells = {"90 epochs": "ce", "200 epochs": "ce-200", "KCL's CPU time": "ce-280"}
-    kcl = difference(lines, "top1", "kcl/lt")
-    text = (f"| KCL: {show(kcl, 'top1')} (n = {len(kcl)}) | CE with {' | '.join(cells)} |\n"
-            f"|{'---|' * (len(cells) + 1)}\n")
-    for what, column, of_kcl, classifier in (
+    """README.md's table: KCL, CE trained for three lengths, and KCL minus CE on common seeds."""
+    cells = {"90": "ce", "200": "ce-200", "280": "ce-280"}                # epochs
+    header = ["", "KCL", *(f"CE, {n}" for n in cells), *(f"KCL - CE, {n}" for n in cells)]
+    text = f"| {' | '.join(header)} |\n{'|---' * len(header)}|\n"
+    for what, column, kcl, classifier in (
             ("joint CE", "top1", "kcl/lt", "joint"),
             ("CE, tau-norm", "top1", "kcl/lt", "tau"),
             ("CE, cRT", "top1", "kcl/lt", "lt"),
-            ("CE, cRT; KCL with its first learning rate", "top1", "kcl-lr-0.1/lt", "lt"),
-            ("beta on the balanced set", "balancedness", "kcl/rep", "rep")):
-        cell_texts = []
-        for cell in cells.values():
-            ce, minus = f"{cell}/{classifier}", f"{of_kcl} - {cell}/{classifier}"
-            mean, _, _ = show(difference(lines, column, ce), column).partition(" ")
-            cell_texts.append(f"{mean}, KCL {show(difference(lines, column, minus), column, '+')}")
-        text += f"| {what} | {' | '.join(cell_texts)} |\n"
+            ("CE, cRT; KCL's first rate", "top1", "kcl-lr-0.1/lt", "lt"),
+            ("balanced set", "top1", "kcl/rep", "rep"),
+            ("balanced set, beta", "balancedness", "kcl/rep", "rep")):
+        means = [kcl, *(f"{cell}/{classifier}" for cell in cells.values())]
+        differences = [difference(lines, column, f"{kcl} - {ce}") for ce in means[1:]]
+        texts = [show(difference(lines, column, name), column).partition(" ")[0] for name in means]
+        texts += [show(x, column, "+") for x in differences]
+        text += f"| {' | '.join([what, *texts])} |\n"
     return text
 
 

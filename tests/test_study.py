@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -221,3 +222,15 @@ def test_texts_are_those_of_the_committed_lines():
     assert (ROOT / "results/findings.md").read_text() == findings.page(lines)
     assert findings.with_numbers(readme, lines) == readme
     assert "<!-- against -->" in readme
+
+
+@pytest.mark.skipif('"cell": "kcl", "seed": 100' not in LINES.read_text(), reason="the study has not been run")
+def test_the_summary_is_what_the_verdicts_say():
+    """findings.md and README.md say in words what KCL beats and what it does not."""
+    verdicts = {claim: verdict for _, claim, *_, verdict in findings.judge(findings.read(LINES))}
+    for claim, verdict in verdicts.items():
+        if claim.startswith("KCL above joint CE") or claim.startswith("KCL above FCL"):
+            assert verdict == "holds", claim
+        if re.match(r"KCL above (cRT|tau-norm), |KCL's space.* more balanced than CE's", claim):
+            assert verdict == "open", claim
+    assert verdicts["KCL, 200 epochs, above joint CE, 90"] == "holds" and len(verdicts) == 63

@@ -12,10 +12,11 @@ a head of the long-tailed list, beta describes features and classifier together.
 
 It prints one table and writes eval.json next to each head, with accuracies in [0, 1] and null for an empty group. If
 --list is not the test list, the file is called on_LIST_eval.json. Runs that differ only in their seed get an extra row
-with mean +- standard deviation. tools/plots.py draws these files, and pandas joins them into one table:
-    pandas.DataFrame(json.loads(f.read_text()) for f in Path("runs").rglob("eval*.json")).to_csv("table.csv")
+with mean +- standard deviation. In eval.json, per_class has the accuracy of each class, classes its name and counts its
+training images. tools/plots.py draws these files. --table paper.tex (or .csv) writes the table for a paper.
 """
 import argparse
+import csv
 import json
 import os
 import re
@@ -220,8 +221,18 @@ def cell(rows, column):
     return text
 
 
-def print_table(rows):
-    """Print a Markdown table, with a line per row, then a line per run that has several seeds."""
+def write_table(table, file):
+    """Write rows of cells (str) for LaTeX, as the lines inside a tabular, or as CSV."""
+    with open(file, "w", newline="") as f:
+        if file.suffix == ".csv":
+            csv.writer(f).writerows(table)
+        for cells in table if file.suffix == ".tex" else ():
+            line = " & ".join(cells).replace("%", r"\%").replace("_", r"\_").replace("+-", r"$\pm$")
+            f.write(line + " \\\\\n")
+
+
+def print_table(rows, file=None):
+    """Print a Markdown table, with a line per row, then a line per run that has several seeds. Write it to file too."""
     columns = {"top-1": "top1", "top-5": "top5", "many": "many", "medium": "medium", "few": "few",
                "beta": "balancedness", "std": "std"}
     fewest, most = np.transpose([row["images_per_class"] for row in rows])
@@ -240,16 +251,21 @@ def print_table(rows):
     means = [(f"{run}, {len(group)} seeds", protocol, group)
              for run, protocol, group in over_seeds(rows) if len(group) > 1]
 
-    width = max(len(name) for name, _, _ in lines + means)
-    print(f"| {'run':<{width}} | {' | '.join(f'{x:>7}' for x in columns)} | classifier |")
-    print("|---" * (len(columns) + 2) + "|")
+    table = [["run", *columns, "classifier"]]
     for name, classifier, group in lines + means:
-        cells = [f"{cell(group, column):>7}" for column in columns.values()]
-        print(f"| {name:<{width}} | {' | '.join(cells)} | {classifier} |")
+        table.append([name, *(cell(group, column) for column in columns.values()), classifier])
+    if file:
+        write_table(table, file)
+    width = max(len(name) for name, *_ in table)
+    for i, (name, *cells, classifier) in enumerate(table):
+        print(f"| {name:<{width}} | {' | '.join(f'{x:>7}' for x in cells)} | {classifier} |")
+        if i == 0:
+            print("|---" * len(table[0]) + "|")
 
     class_lists = sorted({row["counts_of"] for row in rows})
-    print(f"All columns are in percent, except beta, the balancedness (eq. 3, sigma = {rows[0]['sigma']:g}). "
-          f"Beta and std are computed from the class accuracies on {', '.join(tests)}.")
+    print("All columns are in percent, except beta, the balancedness: the mean of exp(-(a_i - a_j)^2 / sigma) over "
+          f"all pairs of class accuracies, with sigma = {rows[0]['sigma']:g} (eq. 3). std is their standard deviation. "
+          f"Both are computed on {', '.join(tests)}.")
     if uneven:
         print(f"There are {fewest.min()} to {most.max()} test images per class. Top-1 and top-5 average over "
               "images, all other columns over classes. Beta and std are noisy if a class has few images.")
@@ -257,6 +273,8 @@ def print_table(rows):
         print("+- is the standard deviation over the seeds.")
     print("many / medium / few: mean over the classes with > 100 / 20 to 100 / < 20 images in "
           f"{', '.join(class_lists)}.")
+    if any(row[group] is None for row in rows for group in ("many", "medium", "few")):
+        print("- means that no class has so many; --groups LIST takes the class sizes of another list.")
 
 
 def parse_args():
@@ -272,6 +290,7 @@ def parse_args():
     p.add_argument("--ncm", action="store_true", help="also score nearest class means")
     p.add_argument("--val", help="list that chooses tau; default: the data set's validation list")
     p.add_argument("--names", nargs="+", help="names of the rows, in order; default: the run names")
+    p.add_argument("--table", type=Path, help="also write the table to this .csv or .tex file")
     p.add_argument("--batch", type=int, default=256, help="images per rank at a time; default 256")
     p.add_argument("--workers", type=int,
                    help="per rank; default: its share of the cores, 0 for digits")
@@ -281,6 +300,8 @@ def parse_args():
 def main():
     device = ddp.init()
     args = parse_args()
+    if args.table and args.table.suffix not in (".csv", ".tex"):
+        sys.exit(f"error: --table {args.table} must end in .csv or .tex")
 
     # read all heads and lists first, so that no error comes after the long work has begun
     heads = [load_head(path, args.data, args.groups) for path in args.heads]
@@ -319,7 +340,7 @@ def main():
     for i, row in enumerate(rows):
         row["name"] = args.names[i] if args.names else row["run"]
     if ddp.rank() == 0:
-        print_table(rows)
+        print_table(rows, args.table)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,8 @@ def prefixes(ordered, sizes, names, name):
     """The split that has the first sizes[c] images of each class c, sorted by path."""
     split = []
     for c, (paths, n) in enumerate(zip(ordered, sizes)):
+        if not paths:
+            sys.exit(f"error: no training image of class {c} ({names[c]}) is left; pass a smaller --holdout")
         if not 1 <= n <= len(paths):
             sys.exit(f"error: {name} needs {n} images of class {c} ({names[c]}), which has {len(paths)} for "
                      f"training; pass a smaller {'--n-max' if n else '--imbalance'} or --holdout")
@@ -244,7 +246,8 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0, help="seed of all random draws; default: %(default)s")
     p.add_argument("--overwrite", action="store_true", help="replace lists whose content differs")
     p.add_argument("--holdout", type=int, help="training images per class that go to val.txt, and to test.txt if "
-                   f"X has none; default: {sources.HOLDOUT}, but at most a fifth of the class, and none for CIFAR")
+                   f"X has none; default: {sources.HOLDOUT}, but at most a fifth of the class, and none for CIFAR. "
+                   "A number that you pass is not capped")
     # the base long tail and its family
     p.add_argument("--long-tail", help="exponential (CIFAR-LT's rule), imagenet-lt (its class sizes), "
                    "a list file, or a file with one class size per label, in the order of the labels")
@@ -377,13 +380,18 @@ def main():
 
     # print the next command; train_rep.py's defaults are meant for a hundred thousand photographs, or for CIFAR
     if args.dataset == "folder":
-        batch, queue = (256, 65536) if dataset == "folder" else (128, 4096)
-        queue = min(queue, 2 ** int(math.log2(sum(sizes["train_lt"]))))
-        batch = min(batch, max(1, queue // 4))
-        folder, train_lt = shlex.quote(str(root)), shlex.quote(str(out / "train_lt.txt"))
-        print(f"next: python train_rep.py --dataset {dataset} --data {folder} --list {train_lt} "
-              f"--batch {batch} --queue {queue}; then run train_linear.py"
-              " on its backbone.pt with the same --batch, and evaluate.py on that run's head.pt")
+        usual_batch, usual_queue = (256, 65536) if dataset == "folder" else (128, 4096)
+        queue = min(usual_queue, 2 ** int(math.log2(sum(sizes["train_lt"]))))
+        batch = min(usual_batch, max(1, queue // 4))
+        command = f"python train_rep.py --data {shlex.quote(str(root))}"
+        if out != root:
+            command += f" --dataset {dataset} --list {shlex.quote(str(out / 'train_lt.txt'))}"
+        if batch < usual_batch:
+            command += f" --batch {batch}"
+        if queue < usual_queue:
+            command += f" --queue {queue}"
+        print(f"next: {command}; then run train_linear.py on its backbone.pt with the same --batch, "
+              "and evaluate.py on that run's head.pt")
 
 
 if __name__ == "__main__":

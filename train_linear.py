@@ -52,7 +52,7 @@ DEFAULTS = {
     ("photos", "classification"): dict(PHOTOS, lr=[0.1], epochs=10, weight_decay=[5e-4]),
     ("photos", "contrastive"): dict(PHOTOS, lr=[30.0], epochs=100, schedule="step"),
     ("cifar", "classification"): dict(CIFAR, lr=[0.1]),
-    ("cifar", "contrastive"): dict(CIFAR, lr=[30.0]),
+    ("cifar", "contrastive"): dict(CIFAR, lr=[0.1]),                      # chosen on val: results/findings.md
     ("digits", "classification"): dict(DIGITS, lr=[0.1]),
     ("digits", "contrastive"): dict(DIGITS, lr=[1.0]),
 }
@@ -70,8 +70,11 @@ def parse_args():
     p.add_argument("--classifier", choices=("linear", "lws", "ldam"), default="linear",
                    help="default %(default)s")
     # the backbone: by default what the log.jsonl next to it says
-    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="default: the backbone's")
-    p.add_argument("--dataset", choices=tuple(data.DATASETS), help="default: the backbone's")
+    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH",
+                   help="default: the backbone's; add your own to ARCHS in resnet.py")
+    p.add_argument("--dataset", choices=tuple(data.DATASETS),
+                   help="default: the backbone's. For your own images: folder, which becomes small or "
+                        "small64 if they have at most 64 px. It sets size, mean and std of the images")
     p.add_argument("--data",
                    help="the folder that the lists' paths start from; default: the backbone's")
     p.add_argument("--loss", choices=("kcl", "cl", "fcl", *LOSSES), metavar="LOSS",
@@ -88,14 +91,14 @@ def parse_args():
     p.add_argument("--epochs", type=int, help="epochs over the training list")
     p.add_argument("--schedule", choices=("cosine", "step"),
                    help="step: x0.1 at 60 and 80 %% of the epochs")
-    p.add_argument("--weight-decay", type=float, nargs="+")
+    p.add_argument("--weight-decay", type=float, nargs="+", help="see below")
     p.add_argument("--batch", type=int, help="images per step, over all ranks")
     p.add_argument("--seed", type=int, default=0, help="seed of weights and draws; default 0")
     # the run
     p.add_argument("--out", type=Path, help="default: see above, or runs/ for a foreign backbone")
     p.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     p.add_argument("--restart", action="store_true",
-                   help="delete what --out holds and start over; by default the run resumes")
+                   help="delete this stage's files in --out and start over; by default the run resumes")
     args = p.parse_args()
 
     # the backbone's settings: without a flag, they come from the log of its run
@@ -107,6 +110,9 @@ def parse_args():
     if missing:
         sys.exit(f"error: no log.jsonl next to {args.backbone}; pass {' and '.join(missing)}")
     args.data = str(Path(args.data))  # without a trailing slash
+    if args.dataset == "folder":
+        paths, _ = data.read_list(args.data, args.list or run.get("list") or data.LISTS["train"])
+        args.dataset = data.small_dataset(args.data, paths) or "folder"
 
     # the lists; if the backbone saw only half of the classes, its list has siblings for that half
     spec = data.DATASETS[args.dataset]
@@ -137,7 +143,8 @@ def parse_args():
     loss = args.loss or "unknown: if it is contrastive, pass --loss cl"
     ddp.print0(f"{args.protocol} on {args.list}, {args.sampler} sampling, with the settings for a "
                f"{family} loss (the backbone's is {loss}): {args.epochs} epochs, "
-               f"{args.schedule}, weight decay {args.weight_decay}")
+               f"{args.schedule}, weight decay {args.weight_decay}; images of {spec['pixels']} px, "
+               f"mean {spec['mean']}, std {spec['std']}")
     return args, backbone_list
 
 

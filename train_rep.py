@@ -106,11 +106,12 @@ def parse_args():
                                   "line; default: the data set's long tail")
     p.add_argument("--sampler", choices=("instance", "class", "sqrt", "progressive"),
                    help="how images are drawn; default: instance, every image once per epoch")
-    p.add_argument("--aug", choices=augment.AUGMENTATIONS)
+    p.add_argument("--aug", choices=augment.AUGMENTATIONS, help="see augment.py")
     p.add_argument("--workers", type=int, help="per rank; default: its share of the cores")
     # optimisation
-    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH", help="see ARCHS in resnet.py")
-    p.add_argument("--epochs", type=int)
+    p.add_argument("--arch", choices=tuple(ARCHS), metavar="ARCH",
+                   help="one of ARCHS in resnet.py; add your own there")
+    p.add_argument("--epochs", type=int, help="epochs over the list")
     p.add_argument("--batch", type=int, help="images per step, over all ranks")
     p.add_argument("--lr", type=float, help="learning rate for the whole --batch")
     p.add_argument("--schedule", choices=("cosine", "step"),
@@ -128,11 +129,13 @@ def parse_args():
     p.add_argument("--amp", action="store_true", help="run encoders in bfloat16, the loss in fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile the encoders")
     # the run
-    p.add_argument("--out", type=Path, help="default: runs/<data>-<list>-<loss>[-<...>]-seed<n>")
+    p.add_argument("--out", type=Path,
+                   help="default: runs/<data>-<list>-<loss>-seed<n>; another k or --epochs is not in "
+                        "this name, so pass --out for each")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; default 10")
     p.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     p.add_argument("--restart", action="store_true",
-                   help="delete what --out holds and start over; by default the run resumes")
+                   help="delete this stage's files in --out and start over; by default the run resumes")
     args = p.parse_args()
 
     for flag, losses in IGNORED_BY.items():
@@ -328,7 +331,7 @@ def main():
         optimizer.load_state_dict(ckpt["optimizer"])
         ddp.print0(f"{args.out}: resuming after epoch {begin} of {args.epochs}")
     elif queued and not args.no_fill:
-        if args.queue > 10 * len(dataset):
+        if args.queue > 2 * len(dataset):
             sys.exit(f"error: --queue {args.queue} would hold each of the {len(dataset)} images many "
                      f"times; use --queue {2 ** int(math.log2(len(dataset)))} or so")
         ddp.print0(f"filling the queue with {args.queue} keys")

@@ -35,23 +35,19 @@ trap 'kill -- $(jobs -p | sed "s/^/-/") 2> /dev/null || true' EXIT
 stage1() { python train_rep.py "$@" --dataset $dataset --list $lists/train_lt.txt --seed $seed --out $out $short ${FLAGS:-}; }
 stage2() { python train_linear.py $out/backbone.pt "$@" --seed $seed $short; }
 
-train() {  # a method: its representation, then its classifiers on the long tail and, with as many steps, the balanced set
+train() {  # a method: its representation, its classifier on the long tail and, with as many steps, on the balanced set
     case $method in
-        ce)
-            stage1 --loss ce                                              # 0.2 h
-            stage2 --lr 0.1                                               # cRT
-            stage2 --lr 0.1 --protocol rep --epochs 10 ;;
+        ce | supcon | kcl-batch | kcl)
+            stage1 --loss $method                                         # 0.2 h for CE, 0.4 h for the others
+            stage2                                                        # of CE this is cRT
+            stage2 --protocol rep --epochs 10 ;;
         ldam-drw)
             stage1 --loss ldam --drw ;;                                   # 0.2 h
-        supcon | kcl-batch | kcl)
-            stage1 --loss $method                                         # 0.4 h
-            stage2 --lr 30
-            stage2 --lr 30 --protocol rep --epochs 10 ;;
         published)
             stage1 --loss kcl-batch --epochs 1000 --batch 1024 --lr 0.5 --warmup 10 --mlp \
                 --weight-decay 1e-4 --aug simclr                          # 1.5 h
             stage2 --classifier ldam --sampler instance --epochs 200 --schedule step --lr 0.1
-            stage2 --lr 30 --protocol rep --epochs 10 ;;
+            stage2 --protocol rep --epochs 10 ;;
     esac
 }
 

@@ -1,4 +1,5 @@
 """Metrics against closed forms and literal loops; heads together against each alone; what the table must not hide."""
+import csv
 import json
 import math
 import re
@@ -101,13 +102,25 @@ def test_table_prints_a_dash_for_an_empty_group_and_the_mean_over_seeds(capsys):
     assert cells[0][1:10] == ["run", "top-1", "top-5", "many", "medium", "few", "beta", "std", "classifier"]
     assert cells[2][1:10] == ["digits-lt-kcl-seed0", "60.0", "100.0", "60.0", "-", "10.0", "0.500", "20.0", "lt: x, lr 1"]
     assert cells[4][1:6] == ["digits-lt-kcl, 2 seeds", "65.0 +- 7.1", "100.0 +- 0.0", "65.0 +- 7.1", "-"]
-    assert "sigma = 0.1" in lines[-3] and "on test.txt" in lines[-3] and "images in train_lt.txt" in lines[-1]
-    assert lines[-2] == "+- is the standard deviation over the seeds."
+    assert "sigma = 0.1 (eq. 3)" in lines[-4] and "on test.txt" in lines[-4] and "images in train_lt.txt" in lines[-2]
+    assert lines[-3] == "+- is the standard deviation over the seeds." and lines[-1].startswith("- means that no class")
     evaluate.print_table([row(0, 0.6), row(0, 0.7)])  # two classifiers of one run are no seeds
     assert "seeds" not in capsys.readouterr().out
     evaluate.print_table([row(0, 0.6), row(0, 0.7) | {"list": "val.txt"}])  # of two lists: each row says which
     out = capsys.readouterr().out
-    assert "lr 1, on test.txt |" in out and "lr 1, on val.txt |" in out and "accuracies on test.txt, val.txt." in out
+    assert "lr 1, on test.txt |" in out and "lr 1, on val.txt |" in out and "computed on test.txt, val.txt." in out
+
+
+def test_table_for_a_paper(tmp_path):
+    """The cells of the printed table, for pandas and for LaTeX."""
+    for suffix in ".csv", ".tex":
+        evaluate.print_table([row(0, 0.6), row(1, 0.7)], tmp_path / f"table{suffix}")
+    with open(tmp_path / "table.csv", newline="") as f:
+        table = list(csv.reader(f))
+    assert table[0] == ["run", "top-1", "top-5", "many", "medium", "few", "beta", "std", "classifier"]
+    assert table[3][:5] == ["digits-lt-kcl, 2 seeds", "65.0 +- 7.1", "100.0 +- 0.0", "65.0 +- 7.1", "-"] and len(table) == 4
+    lines = (tmp_path / "table.tex").read_text().splitlines()
+    assert lines[3].startswith(r"digits-lt-kcl, 2 seeds & 65.0 $\pm$ 7.1 & ") and all(line.endswith(r" \\") for line in lines)
 
 
 @pytest.mark.parametrize("runs, means", [  # (name, seed in head.pt) of each row -> names of the lines of means
@@ -245,6 +258,7 @@ def test_a_folder_is_its_head_and_tau_norm_needs_a_joint_head(script, heads, cap
 
 
 @pytest.mark.parametrize("flags, sentence", [
+    (("--table", "table.txt"), "--table table.txt must end in .csv or .tex"),
     (("--list", "overlap_source/test.txt"), "overlap_source/test.txt must hold all 10 classes of"),
     (("--groups", "overlap_source/train_lt.txt"), "has 10 classes, overlap_source/train_lt.txt has 5; pass the training list"),
     (("--tau-norm", "--val", "train_lt0.txt"), "are also in the training list"),

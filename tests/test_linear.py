@@ -284,7 +284,7 @@ def test_defaults_are_those_of_the_data_set_and_the_loss(parsed, tmp_path):
     assert (args.list, args.sampler, args.val) == ("ImageNet_LT_train.txt", "class", "ImageNet_LT_val.txt")
     assert args.lr == train_linear.LR_GRID and args.out == tmp_path / "linear-lt"
     assert printed == ("lt on ImageNet_LT_train.txt, class sampling, with the settings for a contrastive loss (the backbone's "
-                       "is kcl): 100 epochs, step, weight decay [0.0]\n")
+                       "is kcl): 100 epochs, step, weight decay [0.0]; images of 224 px, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)\n")
     args, printed = parsed({**lt, "loss": "ce"}, "--protocol", "rep", "--features", "cached", "--lr", "1")
     assert (args.epochs, args.schedule, args.weight_decay, args.lr) == (10, "cosine", [5e-4], [1.0])
     assert (args.list, args.sampler, args.aug) == ("train_full.txt", "instance", None)
@@ -294,7 +294,16 @@ def test_defaults_are_those_of_the_data_set_and_the_loss(parsed, tmp_path):
     assert args.epochs == 10 and "(the backbone's is unknown: if it is contrastive, pass --loss cl)" in printed
     assert parsed({}, *foreign, "--loss", "cl")[0].epochs == 100
     cifar, _ = parsed({**lt, "dataset": "cifar10", "loss": "fcl"})
-    assert (cifar.epochs, cifar.batch, cifar.lr, cifar.val) == (30, 128, [30.0], "none")  # nothing that could choose
+    assert (cifar.epochs, cifar.batch, cifar.lr, cifar.val) == (30, 128, [0.1], "none")  # nothing that could choose
+
+
+def test_a_folder_of_small_images_is_small(parsed, tmp_path):
+    """As in train_rep.py, so that a foreign backbone is not fed 32 px scaled up to 224."""
+    for side, dataset in ((32, "small"), (64, "small64"), (65, "folder")):
+        Image.new("RGB", (side, 20)).save(tmp_path / "0.png")
+        (tmp_path / "train_lt.txt").write_text("0.png 0\n")
+        args, printed = parsed({}, "--arch", "resnet8", "--dataset", "folder", "--data", str(tmp_path), "--list", "train_lt.txt")
+        assert args.dataset == dataset and f"images of {data.DATASETS[dataset]['pixels']} px" in printed
 
 
 @pytest.mark.parametrize("val", ["val.txt", "none"])
@@ -325,7 +334,7 @@ def test_the_table_of_defaults():
         ("photos", "classification"): (10, 256, [0.1], "cosine", [5e-4], "sup"),
         ("photos", "contrastive"): (100, 256, [30.0], "step", [0.0], "sup"),
         ("cifar", "classification"): (30, 128, [0.1], "cosine", [0.0], "cifar"),
-        ("cifar", "contrastive"): (30, 128, [30.0], "cosine", [0.0], "cifar"),
+        ("cifar", "contrastive"): (30, 128, [0.1], "cosine", [0.0], "cifar"),
         ("digits", "classification"): (15, 64, [0.1], "cosine", [0.0], "affine"),
         ("digits", "contrastive"): (15, 64, [1.0], "cosine", [0.0], "affine")}
     assert [row["workers"] for row in train_linear.DEFAULTS.values()] == [data.workers_per_rank()] * 4 + [0] * 2

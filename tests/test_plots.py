@@ -90,7 +90,7 @@ def test_pictures_of_heads(script, head, tmp_path, figures):
         assert opaque(tmp_path / f"pictures/{name}.png")
 
     head.with_name("eval.json").unlink()
-    with pytest.raises(SystemExit, match="no eval.json next to .*; run evaluate.py on it first"):
+    with pytest.raises(SystemExit, match="no eval.json next to .*; run evaluate.py on it first, without --list"):
         script(plots, head, "--out", tmp_path / "pictures")
 
 

@@ -51,7 +51,7 @@ def main():
 
     if args.to == "detectron2":
         if "layer4.0.conv1.weight" not in state:
-            sys.exit(f"error: detectron2 has no {arch}, a CIFAR ResNet; use --to safetensors")
+            sys.exit(f"error: detectron2 has no {arch}, only ResNets for photographs; use --to safetensors")
         model = {detectron2_name(name): x.numpy() for name, x in state.items()}
         with open(args.out, "wb") as f:
             checkpoint = {"model": model, "__author__": "KCL", "matching_heuristics": True}

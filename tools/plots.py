@@ -81,7 +81,7 @@ def draw_accuracy(rows, file):
 
     # if all runs have the same class sizes, these label the ticks
     sizes = np.sort(rows[0]["counts"])[::-1]
-    ax.set_xlabel("classes by size in the run's own training list, largest first")
+    ax.set_xlabel("classes by number of training images, largest first")
     if all(sorted(row["counts"]) == sorted(sizes) for row in rows):
         ticks = np.linspace(0, len(sizes) - 1, min(len(sizes), 10)).astype(int)
         ax.set_xticks(ticks, sizes[ticks])
@@ -104,7 +104,7 @@ def draw_balancedness(rows, file):
         colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
         bars = ax.barh(height, mean, 0.3, xerr=spread, color=colours)
         ax.bar_label(bars, fmt="%.3f" if scale == 1 else "%.1f", padding=3, fontsize=10)
-        ax.set(xlim=(0, 1.35 * max(mean)), ylim=(len(runs) - 0.7, -0.8), yticks=())
+        ax.set(xlim=(0, 1.3 * scale), xticks=np.linspace(0, scale, 5), ylim=(len(runs) - 0.7, -0.8), yticks=())
         ax.spines[["top", "right", "left"]].set_visible(False)
     axes[0].set_title(f"balancedness (sigma = {rows[0]['sigma']:g})")
     axes[1].set_title("top-1 accuracy, %")
@@ -221,7 +221,7 @@ def main():
     for head in heads:
         scored = sorted(head["path"].parent.glob("eval*.json"))
         if not scored:
-            sys.exit(f"error: there is no eval.json next to {head['path']}; run evaluate.py on it first")
+            sys.exit(f"error: no eval.json next to {head['path']}; run evaluate.py on it first, without --list")
         of_head = [{"seed": head["seed"], **json.loads(file.read_text())} for file in scored]
         rows += of_head
         lists.append(of_head[0]["list"])

@@ -35,7 +35,7 @@ def quoted(file):
     """A recipe's comment at the top, without its lines on data and hours. From README.md the table of the paper."""
     text = file.read_text()
     if file.name == "README.md":
-        rows = text[text.index("| paper | its top-1"):text.index("By hand on 8 GPUs")].splitlines()
+        rows = text[text.index("| paper | it reports"):text.index("By hand on 8 GPUs")].splitlines()
         return "\n".join(" ".join(row.split("|")[1:3]) if row.startswith("|") else row for row in rows)
     comment = text.partition("set -")[0]
     return comment[:comment.index("# Data:")] if "# Data:" in comment else ""

@@ -300,8 +300,8 @@ def parse_args():
 def main():
     device = ddp.init()
     args = parse_args()
-    if args.table and args.table.suffix not in (".csv", ".tex"):
-        sys.exit(f"error: --table {args.table} must end in .csv or .tex")
+    if args.table and (args.table.suffix not in (".csv", ".tex") or not args.table.parent.is_dir()):
+        sys.exit(f"error: --table {args.table} must end in .csv or .tex and lie in a folder that exists")
 
     # read all heads and lists first, so that no error comes after the long work has begun
     heads = [load_head(path, args.data, args.groups) for path in args.heads]

@@ -259,6 +259,7 @@ def test_a_folder_is_its_head_and_tau_norm_needs_a_joint_head(script, heads, cap
 
 @pytest.mark.parametrize("flags, sentence", [
     (("--table", "table.txt"), "--table table.txt must end in .csv or .tex"),
+    (("--table", "nowhere/table.csv"), "--table nowhere/table.csv must end in .csv or .tex and lie in a folder that exists"),
     (("--list", "overlap_source/test.txt"), "overlap_source/test.txt must hold all 10 classes of"),
     (("--groups", "overlap_source/train_lt.txt"), "has 10 classes, overlap_source/train_lt.txt has 5; pass the training list"),
     (("--tau-norm", "--val", "train_lt0.txt"), "are also in the training list"),

@@ -22,10 +22,10 @@ What `criterion` returns is called with
                                                       views, not normalised
     q, k (b, d), queue, labels (b,), queue_labels     for a loss in QUEUE: unit rows, as kcl_loss gets them
 b is the number of images that are encoded together; a batch may have several such parts (--virtual-gpus). If your loss
-compares all images of a batch, add it to WHOLE_BATCH and gather them as supcon_of_all_ranks does. Your own network goes
-into `network`. Every loss can read flags such as --num-positives from args. In train_rep.py, add new flags to
-parse_args, and other defaults to DEFAULTS, as a row (kind, loss). To change KCL itself, edit kcl_loss in kcl.py: --loss
-kcl, cl and fcl call it.
+compares all images of a batch, add it to WHOLE_BATCH and gather them as supcon_of_all_ranks does. If it needs other
+heads or branches, build them in `network`. Every loss can read flags such as --num-positives from args. In
+train_rep.py, add new flags to parse_args, and other defaults to DEFAULTS, as a row (kind, loss). To change KCL itself,
+edit kcl_loss in kcl.py: --loss kcl, cl and fcl call it.
 """
 import math
 from functools import partial

@@ -83,7 +83,8 @@ def read_list(root, name):
     file = find_list(root, name)
     if not file.is_file():
         sys.exit(f"error: {name}: no such list file, in {root} or in the working directory; "
-                 f"make_lt.py writes lists, for class folders with --dataset folder --data {root}")
+                 "pass yours with --list and --val. make_lt.py writes lists, for class folders with "
+                 f"--dataset folder --data {root}")
     # utf-8-sig drops Windows' byte order mark; surrogateescape keeps file names in any other encoding
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     paths, labels = [], []

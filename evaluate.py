@@ -13,7 +13,8 @@ a head of the long-tailed list, beta describes features and classifier together.
 It prints one table and writes eval.json next to each head, with accuracies in [0, 1] and null for an empty group. If
 --list is not the test list, the file is called on_LIST_eval.json. Runs that differ only in their seed get an extra row
 with mean +- standard deviation. In eval.json, per_class has the accuracy of each class, classes its name and counts its
-training images. tools/plots.py draws these files. --table paper.tex (or .csv) writes the table for a paper.
+training images. tools/plots.py draws these files. --table table.csv writes the table to a file, --table table.tex the
+lines of a tabular.
 """
 import argparse
 import csv
@@ -222,13 +223,13 @@ def cell(rows, column):
 
 
 def write_table(table, file):
-    """Write rows of cells (str) for LaTeX, as the lines inside a tabular, or as CSV."""
+    """Write rows of cells (str) as CSV, or for LaTeX: the lines of a tabular, without the long last column."""
     with open(file, "w", newline="") as f:
         if file.suffix == ".csv":
             csv.writer(f).writerows(table)
         for cells in table if file.suffix == ".tex" else ():
-            line = " & ".join(cells).replace("%", r"\%").replace("_", r"\_").replace("+-", r"$\pm$")
-            f.write(line + " \\\\\n")
+            cells = [re.sub(r"([%&_#])", r"\\\1", text).replace("+-", r"$\pm$") for text in cells[:-1]]
+            f.write(" & ".join(cells) + " \\\\\n")
 
 
 def print_table(rows, file=None):
@@ -290,7 +291,7 @@ def parse_args():
     p.add_argument("--ncm", action="store_true", help="also score nearest class means")
     p.add_argument("--val", help="list that chooses tau; default: the data set's validation list")
     p.add_argument("--names", nargs="+", help="names of the rows, in order; default: the run names")
-    p.add_argument("--table", type=Path, help="also write the table to this .csv or .tex file")
+    p.add_argument("--table", type=Path, help="also write the table to this .csv file, or its rows to a .tex file")
     p.add_argument("--batch", type=int, default=256, help="images per rank at a time; default 256")
     p.add_argument("--workers", type=int,
                    help="per rank; default: its share of the cores, 0 for digits")

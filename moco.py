@@ -14,6 +14,7 @@ Momentum contrast: a query encoder, a key encoder that follows it, and a queue o
         moco.enqueue(keys, key_labels)                                    # 5. after backward, which reads the old
                                                                           # queue; before the loss, a query's own
                                                                           # key would count twice
+Then moco.encoder_q.state_dict() is the backbone, which train_linear.py reads. K is best below the number of images.
 The queue starts as random vectors without a class. moco.fill_queue(batches), where a batch is (im_k, labels), replaces
 them with real keys.
 

@@ -5,7 +5,9 @@ Encoders by name, and reading an encoder from a file: ours, torchvision's, or an
     encoder = with_head(ARCHS["resnet50"], 128, mlp=True)         # the same with MoCo v2's two-layer head
     encoder = load_backbone("moco_v2_800ep.pth.tar", "resnet50")  # (B, 3, H, W) -> features (B, 2048)
 
-Add your own architecture to ARCHS. Its last layer must be an nn.Linear called `fc`. No layer may be called `encoder`.
+Add your own architecture to ARCHS: a class with __init__(self, num_classes=10). Its last layer must be an nn.Linear
+called `fc`, and forward must return self.fc(features). No layer may be called `encoder`: --loss ce could not read it.
+--loss bbn needs a last stage called layer3 or layer4.
 """
 import argparse
 import copy
@@ -90,6 +92,17 @@ def with_head(encoder, num_classes, mlp=False):
         D = network.fc.in_features
         network.fc = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, num_classes))
     return network
+
+
+@torch.no_grad()
+def check_fc(arch, pixels):
+    """Exit unless forward ends in fc. If it skipped fc or changed its output, a classifier would train all the same."""
+    encoder, x = ARCHS[arch]().eval(), torch.zeros(1, 3, pixels, pixels)
+    output, fc = encoder(x), getattr(encoder, "fc", None)
+    if isinstance(fc, nn.Linear):                                         # else fit() says so
+        encoder.fc = nn.Identity()
+        if not torch.equal(output, fc(encoder(x))):
+            sys.exit(f"error: forward of {arch} must return self.fc(features)")
 
 
 class Branches(nn.Module):

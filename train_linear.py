@@ -74,7 +74,8 @@ def parse_args():
                    help="default: the backbone's; add your own to ARCHS in resnet.py")
     p.add_argument("--dataset", choices=tuple(data.DATASETS),
                    help="default: the backbone's. For your own images: folder, which becomes small or "
-                        "small64 if they have at most 64 px. It sets size, mean and std of the images")
+                        "small64 if they have at most 64 px. It sets size, mean and std of the images, "
+                        "which must be those of the backbone's training: see DATASETS in data.py")
     p.add_argument("--data",
                    help="the folder that the lists' paths start from; default: the backbone's")
     p.add_argument("--loss", choices=("kcl", "cl", "fcl", *LOSSES), metavar="LOSS",

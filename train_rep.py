@@ -36,7 +36,7 @@ import data
 import ddp
 from kcl import kcl_loss
 from moco import MoCo, freeze_bn_statistics
-from resnet import ARCHS, fit, load_backbone, with_head
+from resnet import ARCHS, check_fc, fit, load_backbone, with_head
 
 KCL_FAMILY = ("kcl", "cl", "fcl")  # they take k, no, or all same-class keys of the queue
 
@@ -217,6 +217,7 @@ def network(args, class_sizes, parts):
             encoder.load_state_dict(start, strict=False)                  # all except fc; checked below
             return encoder
 
+    check_fc(args.arch, data.DATASETS[args.dataset]["pixels"])
     torch.manual_seed(args.seed)
     if args.loss in (*KCL_FAMILY, *baselines.QUEUE):
         encoder = partial(with_head, constructor, mlp=args.mlp)

@@ -121,6 +121,9 @@ def test_table_for_a_paper(tmp_path):
     assert table[3][:5] == ["digits-lt-kcl, 2 seeds", "65.0 +- 7.1", "100.0 +- 0.0", "65.0 +- 7.1", "-"] and len(table) == 4
     lines = (tmp_path / "table.tex").read_text().splitlines()
     assert lines[3].startswith(r"digits-lt-kcl, 2 seeds & 65.0 $\pm$ 7.1 & ") and all(line.endswith(r" \\") for line in lines)
+    assert lines[0] == r"run & top-1 & top-5 & many & medium & few & beta & std \\"
+    evaluate.print_table([row(0, 0.6, name="K & C_L")], tmp_path / "table.tex")
+    assert (tmp_path / "table.tex").read_text().splitlines()[1].startswith(r"K \& C\_L & 60.0 &")
 
 
 @pytest.mark.parametrize("runs, means", [  # (name, seed in head.pt) of each row -> names of the lines of means

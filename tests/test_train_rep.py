@@ -424,14 +424,22 @@ def test_an_architecture_of_your_own(loss, small, script, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="^error: mine must end in an nn.Linear called fc"):
         script(train_rep, *settings, "--out", tmp_path / "other")
     assert not (tmp_path / "other/log.jsonl").exists()
+    for forward in (lambda self, x: self.head(self.stem(x).relu()).mean((2, 3)),                # skips fc
+                    lambda self, x: F.normalize(Mine.forward(self, x))):                        # changes what fc returns
+        monkeypatch.setitem(ARCHS, "mine", type("Other", (Mine,), {"forward": forward}))
+        with pytest.raises(SystemExit, match=r"^error: forward of mine must return self.fc\(features\)"):
+            script(train_rep, *settings, "--out", tmp_path / "other")
 
 
 def test_amp_and_compile(small, script, tmp_path, monkeypatch):
     compiled, dtypes = [], set()
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    conv = F.conv2d
-    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: dtypes.add(
-        (y := conv(x, w, b, self.stride, self.padding)).dtype) or y)
+
+    def forward(self, x, w, b):
+        y = F.conv2d(x, w, b, self.stride, self.padding)
+        dtypes.update({y.dtype} if self.training else ())  # check_fc's forward is none of training's
+        return y
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", forward)
     script(train_rep, "--loss", "kcl", *SETTINGS, *small, "--out", tmp_path / "without")
     assert not compiled and dtypes == {torch.float32}
     dtypes.clear()

@@ -570,7 +570,9 @@ epochs of 96 steps of 128 images, in bfloat16 on two cores of an AMD EPYC. The p
 
 {cifar}
 Joint CE is 7 points below the published number. What differs is the JPEG copy, the cosine instead of two steps, and
-bfloat16; none of them was tried alone. The published KCL differs in more than the images: it is inside the batch, trains for 1000 epochs of batch 1024 with
+bfloat16; none of them was tried alone.
+
+The published KCL differs in more than the images: it is inside the batch, trains for 1000 epochs of batch 1024 with
 SimCLR's augmentation and an MLP head, and its classifier has LDAM. Of these differences the augmentation and the head
 were tried with the queue, for 15 epochs, on a validation list of 100 images per class that was held out of the training
 images (`make_lt.py --dataset cifar10 --holdout 100 --out data/cifar10-val`, then `train_rep.py --epochs 15 --amp` and

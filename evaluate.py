@@ -227,7 +227,8 @@ def write_table(table, file):
     with open(file, "w", newline="") as f:
         if file.suffix == ".csv":
             csv.writer(f).writerows(table)
-        for cells in table if file.suffix == ".tex" else ():
+            return
+        for cells in table:
             cells = [re.sub(r"([%&_#])", r"\\\1", text).replace("+-", r"$\pm$") for text in cells[:-1]]
             f.write(" & ".join(cells) + " \\\\\n")
 

@@ -111,7 +111,7 @@ def parse_args():
     if missing:
         sys.exit(f"error: no log.jsonl next to {args.backbone}; pass {' and '.join(missing)}")
     args.data = str(Path(args.data))  # without a trailing slash
-    if args.dataset == "folder":
+    if args.dataset == "folder" and run.get("dataset") != "folder":       # else train_rep.py has looked at the images
         paths, _ = data.read_list(args.data, args.list or run.get("list") or data.LISTS["train"])
         args.dataset = data.small_dataset(args.data, paths) or "folder"
 

@@ -343,7 +343,7 @@ CIFAR = {  # row: (its eval.json in results/cifar/seed<n>, published top-1)
 
 
 def cifar_table():
-    """CIFAR-10-LT, one row per classifier, with the published top-1. The groups are thirds by class size."""
+    """CIFAR-10-LT, one row per classifier, with the published top-1."""
     text = "|  | n | top-1 | 3 largest classes | 3 smallest | beta | published |\n|" + "---|" * 7 + "\n"
     for name, (folder, published) in CIFAR.items():
         files = sorted((ROOT / "results/cifar").glob(f"seed*/cifar10-lt100-{folder}/eval.json"))
@@ -831,12 +831,8 @@ def against(lines):
 
 def with_numbers(readme, lines):
     """The text of README.md with new numbers between its markers."""
-    for name, text in (("against", against(lines)),):
-        begin = f"<!-- {name} -->\n"
-        before, found, rest = readme.partition(begin)
-        if found:
-            readme = before + begin + text + rest[rest.index("<!-- end -->"):]
-    return readme
+    before, begin, rest = readme.partition("<!-- against -->\n")
+    return before + begin + against(lines) + rest[rest.index("<!-- end -->"):]
 
 
 def main():

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 TINY = {
-    "train_rep": "--epochs 1 --queue 30", "train_linear": "--epochs 1 --lr 0.1 1", "bench": "--quick --only loss",
+    "train_rep": "--epochs 1 --queue 30", "train_linear": "--epochs 1 --lr 0.1 1",
     "transfer_det": "--iterations 2 --batch 2 --train-scenes 4 --test-scenes 2 --precise-bn 1"}
 TINY_PHOTOS = {"train_rep": "--arch resnet8s --batch 4 --workers 0", "train_linear": "--batch 4 --workers 0",
                "evaluate": "--workers 0"}
